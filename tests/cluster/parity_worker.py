@@ -1,0 +1,115 @@
+"""One rank of the parity table: trains every asked case for 8 steps and, on rank 0, writes losses and gradient norms.
+
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29511 python parity_worker.py cases.json results.json
+
+No Ray: the DataDistributor is the plain class it is. A case is a recipe's overrides; "plain" is torch alone on one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainkit.data.batches import Budget
+from trainkit.data.distributor import DataDistributor, Feeding
+from trainkit.data.feed import Feed, StepBatch
+from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer, prepare
+from trainkit.planning.facts import DataFacts, Hardware
+from trainkit.planning.planner import Plan, make_plan
+from trainkit.recipe.reader import read_recipe
+from trainkit.recipe.schema import Recipe
+from trainkit.recipe.zero import read_zero
+from trainkit.training import loop
+from trainkit.training.engine import Engine, Partitioning
+from trainkit.training.meters import StepRecord
+from trainkit.training.model import TASKS, build_model, model_facts
+
+CPU = torch.device("cpu")
+
+
+def feed_of(recipe: Recipe, plan: Plan, prepared: Prepared, rank: int) -> Feed:
+    budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
+    feeding = Feeding(str(prepared.train), recipe.model.task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle=True)
+    distributor = DataDistributor({"train": feeding})
+    tokenizer = load_tokenizer(recipe).tokenizer
+    return Feed(
+        lambda first, count: distributor.steps("train", first, count, rank),
+        last_step=plan.total_steps, task=recipe.model.task, pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id, device=CPU,
+    )  # fmt: skip
+
+
+def planned(recipe: Recipe, prepared: Prepared) -> Plan:
+    rows = TokenArrays.open(prepared.train).rows
+    return make_plan(recipe, read_zero(recipe.zero), model_facts(recipe, prepared.label_names), DataFacts(rows, None), Hardware("cpu", "CPU", None))
+
+
+def train_with_trainkit(recipe: Recipe, prepared: Prepared, first_weights: str, rank: int, fault: str | None) -> list[list[float]]:
+    plan = planned(recipe, prepared)
+    partitioning = Partitioning(plan)
+    model = build_model(recipe, first_weights, partitioning.gathered, prepared.label_names)
+    engine = Engine(model, plan, recipe.model.task, CPU)
+    if fault == "mean of means":  # what most trainers do: each micro-batch's own mean
+        exact = engine.backward
+        engine.backward = lambda loss, tokens, last: exact(loss, tokens * 2, last)  # type: ignore[method-assign]
+    records: list[StepRecord] = []
+    feed = feed_of(recipe, plan, prepared, rank)
+    loop.train(engine, feed, plan, recipe, loop.Surroundings(records.append, lambda step: {}, lambda step: None, lambda: False))
+    feed.close()
+    engine.close()
+    return [[record.loss, record.grad_norm, record.samples] for record in records]
+
+
+def train_with_torch(recipe: Recipe, prepared: Prepared, first_weights: str) -> list[list[float]]:
+    """A slow, obvious loop: one process, one batch a step, torch.optim.AdamW."""
+    plan = planned(recipe, prepared)
+    task, keys = TASKS[recipe.model.task], recipe.optimizer
+    model = build_model(recipe, first_weights, lambda parameter: contextlib.nullcontext(True), prepared.label_names)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=keys.lr, betas=tuple(keys.betas), eps=keys.eps, weight_decay=keys.weight_decay)  # type: ignore[arg-type]
+    feed, results = feed_of(recipe, plan, prepared, 0), []
+    for step in range(1, plan.total_steps + 1):
+        batch: StepBatch = feed.micro_batches(step)
+        (rows,) = batch.micro_batches
+        counted = rows.labels[:, 1:] if recipe.model.task == "causal" else rows.labels
+        loss = task.sum_loss(task.logits(model, rows), rows.labels) / (counted != -100).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainable, keys.max_grad_norm or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = loop.learning_rate(step, plan.total_steps, plan.warmup_steps, keys.lr, keys.lr_scheduler_type)
+        optimizer.step()
+        results.append([loss.item(), norm.item(), float(batch.samples)])
+    feed.close()
+    return results
+
+
+def main(cases_file: str, results_file: str) -> None:
+    torch.set_num_threads(1)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo")
+    results: dict[str, Any] = {}
+    for case in json.loads(Path(cases_file).read_text()):
+        recipe = read_recipe(case["recipe"], [*case["set"], f"scaling.num_workers={world_size}"])
+        if rank == 0:
+            prepare(recipe)
+        dist.barrier()
+        prepared = prepare(recipe)
+        if case["plain"]:
+            results[case["name"]] = train_with_torch(recipe, prepared, case["first_weights"])
+        else:
+            results[case["name"]] = train_with_trainkit(recipe, prepared, case["first_weights"], rank, case["fault"])
+    if rank == 0:
+        Path(results_file).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

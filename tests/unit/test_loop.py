@@ -1,0 +1,133 @@
+"""The loop with an engine of two lines: what it reports, when it evaluates, how it stops. One process, a process group of one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from trainkit.data.feed import MicroBatch, StepBatch
+from trainkit.data.order import set_hash
+from trainkit.errors import NonFiniteError
+from trainkit.training.loop import Surroundings, forward_and_backward, learning_rate, train
+from trainkit.training.meters import StepRecord
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def micro_batch(index: int, rows: int) -> MicroBatch:
+    ids = torch.ones(rows, 8, dtype=torch.long)
+    return MicroBatch(index, np.arange(rows) + 10 * index, ids, ids, ids, None, tokens=rows * 6, padded_tokens=rows * 16)
+
+
+class Feed:
+    def micro_batches(self, step: int) -> StepBatch:
+        return StepBatch(step, 0, samples=5, label_tokens=20, num_micro_batches=2, micro_batches=[micro_batch(0, 3), micro_batch(1, 2)])
+
+
+class Engine:
+    """Each micro-batch's summed loss is its rows; `nan_at` makes a step's loss NaN, `skip_at` refuses its update."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, nan_at: int = 0, skip_at: int = 0):
+        self.nan_at, self.skip_at = nan_at, skip_at
+        self.steps = 0
+        self.backwards: list[tuple[int, bool]] = []
+        self.draws: list[float] = []
+        self.rates: list[float] = []
+
+    def sum_loss(self, batch: MicroBatch) -> torch.Tensor:
+        self.draws.append(torch.rand(()).item())
+        return torch.tensor(math.nan if self.steps + 1 == self.nan_at else float(len(batch.input_ids)))
+
+    def backward(self, sum_loss: torch.Tensor, label_tokens: int, last: bool) -> None:
+        self.backwards.append((label_tokens, last))
+
+    def step(self, lr: float) -> tuple[float, bool]:
+        self.steps += 1
+        self.rates.append(lr)
+        return 2.0, self.steps != self.skip_at
+
+
+def run(engine: Engine, records: list[StepRecord], *, steps: int = 5, evaluations: list[dict[str, float]] | None = None, **train_keys: Any) -> Any:
+    keys = {"seed": 1, "metric_for_best_model": None, "early_stopping_patience": None} | train_keys
+    recipe = SimpleNamespace(train=SimpleNamespace(**keys), optimizer=SimpleNamespace(lr=0.1, lr_scheduler_type="constant"))
+    plan = SimpleNamespace(world_size=1, total_steps=steps, warmup_steps=0, eval_every=2 if evaluations else 0, precision="fp32")
+    kept: list[int] = []
+    values = iter(evaluations or [])
+    around = Surroundings(records.append, lambda step: next(values), kept.append, lambda: len(records) >= keys.get("stop_after", 99))
+    return train(engine, Feed(), plan, recipe, around), kept  # type: ignore[arg-type]
+
+
+def test_every_step_is_reported_once_with_the_sums_over_its_micro_batches() -> None:
+    engine, records = Engine(), list[StepRecord]()
+    outcome, _ = run(engine, records)
+    assert [record.step for record in records] == [1, 2, 3, 4, 5] and outcome.status == "completed" and outcome.steps == 5
+    record = records[0]
+    assert (record.loss, record.samples, record.tokens, record.grad_norm) == (5 / 20, 5, 30, 2.0)
+    assert record.padding_fraction == pytest.approx(1 - 30 / 80)
+    assert record.step_hash == set_hash(np.array([0, 1, 2, 10, 11]))
+    assert engine.backwards == [(20, False), (20, True)] * 5
+
+
+@pytest.mark.parametrize("fault", [{"nan_at": 2}, {"skip_at": 2}])
+def test_a_step_without_a_finite_update_is_recorded_and_stops_the_run_one_step_later(fault: dict[str, int]) -> None:
+    engine, records = Engine(**fault), list[StepRecord]()
+    with pytest.raises(NonFiniteError, match="step 2") as caught:
+        run(engine, records)
+    assert caught.value.facts["step"] == 2 and records[-1].step == 2 and engine.steps == 3
+    assert math.isnan(records[-1].loss) == ("nan_at" in fault) and records[-1].applied == ("skip_at" not in fault)
+    assert ("rank 0" in str(caught.value)) == ("nan_at" in fault)
+
+
+def test_a_stop_request_ends_the_run_after_a_whole_step() -> None:
+    records: list[StepRecord] = []
+    outcome, _ = run(Engine(), records, steps=50, stop_after=3)
+    assert outcome.status == "interrupted" and [record.step for record in records] == list(range(1, outcome.steps + 1)) and outcome.steps < 10
+
+
+def test_the_best_evaluation_is_kept_and_patience_ends_the_run() -> None:
+    values = [{"loss": loss} for loss in (3.0, 2.0, 2.5, 2.0, 1.0)]
+    records: list[StepRecord] = []
+    outcome, kept = run(Engine(), records, steps=10, evaluations=values, metric_for_best_model="loss", early_stopping_patience=2)
+    assert kept == [2, 4] and outcome.stopped_early and outcome.best_step == 4 and records[-1].step == 8
+
+
+def test_a_metric_is_better_when_it_is_larger() -> None:
+    values = [{"loss": 1.0, "accuracy": accuracy} for accuracy in (0.5, 0.4, 0.6)]
+    _, kept = run(Engine(), [], steps=6, evaluations=values, metric_for_best_model="accuracy")
+    assert kept == [2, 6]
+
+
+def test_dropout_depends_on_step_and_micro_batch_and_on_nothing_else() -> None:
+    def draws(order: list[int]) -> dict[int, float]:
+        engine = Engine()
+        batch = StepBatch(3, 0, 5, 20, 2, [micro_batch(index, 2) for index in order])
+        forward_and_backward(engine, batch, seed=1)  # type: ignore[arg-type]
+        return dict(zip(order, engine.draws, strict=True))
+
+    assert draws([0, 1]) == draws([1, 0]) and len(set(draws([0, 1]).values())) == 2
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_learning_rates_are_those_of_transformers(schedule: str) -> None:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    theirs = get_scheduler(schedule if schedule != "constant" else "constant_with_warmup", optimizer, num_warmup_steps=3, num_training_steps=11)
+    for step in range(1, 12):
+        assert learning_rate(step, 11, 3, 0.5, schedule) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()

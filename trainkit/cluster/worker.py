@@ -1,0 +1,207 @@
+"""What each Ray Train worker does: build the engine, train, evaluate, export. Rank 0 writes the run folder.
+
+The process group is up when `run_worker` starts; everything else a rank needs travels in the job.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from trainkit.data.distributor import WireStep
+from trainkit.data.feed import Feed, MicroBatch
+from trainkit.data.order import chain
+from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer
+from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
+from trainkit.inference.export import export_model
+from trainkit.planning.planner import Plan
+from trainkit.recipe.schema import Recipe
+from trainkit.runs.folder import RunFolder, StepLog
+from trainkit.training import loop
+from trainkit.training.board import Board, SilentBoard, TensorBoard
+from trainkit.training.engine import Engine, Partitioning
+from trainkit.training.meters import StepRecord, as_json
+from trainkit.training.model import build_model, load_exported
+from trainkit.units import gib
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs; it travels by pickle."""
+
+    recipe: Recipe
+    plan: Plan
+    run_folder: str
+    prepared: Prepared
+    first_weights: str | None
+    distributor: Any  # handle of the DataDistributor actor
+    eval_steps: int  # optimizer-step-sized pieces of the evaluation set; 0 without one
+
+
+def run_worker(job: Job) -> dict[str, Any] | None:
+    """Runs on every rank. Returns rank 0's outcome, None elsewhere.
+
+    An error is written to the run folder before it is raised: the first one is what the user reads, whatever follows it on other ranks.
+    """
+    worker = Worker(job)
+    try:
+        return worker.run()
+    except BaseException as error:
+        worker.folder.write_error(worker.rank, worker.step, error, traceback.format_exc())
+        raise
+    finally:
+        worker.close()
+
+
+class Worker:
+    """One rank of a run: its feeds, its place in the run folder, and the order of what is done."""
+
+    def __init__(self, job: Job):
+        self.job, self.recipe, self.plan = job, job.recipe, job.plan
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.folder = RunFolder(Path(job.run_folder))
+        self.device = ray.train.torch.get_device() if job.plan.use_gpu else torch.device("cpu")
+        self.tokenizer = load_tokenizer(job.recipe).tokenizer
+        self.feeds = {"train": self._feed("train", job.plan.total_steps), "eval": self._feed("eval", job.eval_steps)}
+        self.board: Board = SilentBoard()
+        self.log: StepLog | None = None
+        if self.rank == 0:
+            self.board = TensorBoard(self.folder.path / "tensorboard", job.plan.use_gpu)
+            self.log = StepLog(self.folder)
+        self.step, self.order = 0, ""
+
+    def run(self) -> dict[str, Any] | None:
+        self.phase("building the engine")
+        partitioning = Partitioning(self.plan)
+        model = build_model(self.recipe, self.job.first_weights, partitioning.gathered, self.job.prepared.label_names)
+        engine = Engine(model, self.plan, self.recipe.model.task, self.device)
+        self.phase("training")
+        around = loop.Surroundings(
+            report=self.report,
+            evaluate=lambda step: self.evaluate(engine, step),
+            keep_best=lambda step: self.keep_best(engine),
+            stop_requested=self.folder.stop_requested,
+        )
+        outcome = loop.train(engine, self.feeds["train"], self.plan, self.recipe, around)
+        examples = self.finish(engine, outcome) if outcome.status == "completed" else []
+        if self.rank != 0:
+            return None
+        return {
+            "status": outcome.status,
+            "steps": outcome.steps,
+            "eval": outcome.evaluation,
+            "best_step": outcome.best_step,
+            "stopped_early": outcome.stopped_early,
+            "peak_memory_gib": [round(gib(peak), 3) for peak in outcome.peak_bytes],
+            "predictions": examples,
+        }
+
+    def report(self, record: StepRecord) -> None:
+        self.step, self.order = record.step, chain(self.order, record.step_hash)
+        self.board.step(record)
+        if self.log is not None:
+            self.log.append(as_json(record, self.order))
+
+    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
+        """The loss over the whole evaluation set, and the metrics. At the end metrics come from model/, unless they choose the best."""
+        self.phase("evaluating")
+        values = evaluate_loss(engine, self.feeds["eval"], self.job.eval_steps)
+        decides = self.recipe.train.metric_for_best_model not in (None, "loss")
+        if self.recipe.train.metrics and (decides or step < self.plan.total_steps):
+            values |= self.metrics(engine.model, synced=self.plan.zero_stage == 3)[0]
+        self.board.evaluation(step, values)
+        self.phase("training")
+        return values
+
+    def metrics(self, model: Any, synced: bool) -> tuple[dict[str, float], list[dict[str, str]]]:
+        assert self.job.prepared.eval is not None
+        return evaluate_metrics(
+            model,
+            metrics=self.recipe.train.metrics,
+            task=self.recipe.model.task,
+            arrays=TokenArrays.open(self.job.prepared.eval),
+            tokenizer=self.tokenizer,
+            label_names=self.job.prepared.label_names,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.device,
+            max_new_tokens=self.recipe.data.max_target_length or self.recipe.data.max_length or 512,
+            synced_gpus=synced,
+        )
+
+    def keep_best(self, engine: Engine) -> None:
+        if self.recipe.train.load_best_model_at_end:
+            self.phase("keeping the best model")
+            self.export(engine, self.folder.path / ".best")
+
+    def export(self, engine: Engine, folder: Path) -> None:
+        if self.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        export_model(engine, self.tokenizer, folder, self.recipe.model.task, self.example_batch())
+
+    def example_batch(self) -> MicroBatch:
+        """A micro-batch whose logits are compared between the engine and the exported model."""
+        return self.feeds["eval" if self.job.eval_steps else "train"].micro_batches(1).micro_batches[0]
+
+    def finish(self, engine: Engine, outcome: loop.Outcome) -> list[dict[str, str]]:
+        """Export model/, then measure what the user gets: the metrics come from model/ where it fits a worker."""
+        self.phase("exporting the model")
+        target = self.folder.path / "model"
+        if self.recipe.train.load_best_model_at_end and outcome.best_step is not None:
+            if self.rank == 0:
+                os.replace(self.folder.path / ".best", target)
+        else:
+            self.export(engine, target)
+        if not self.job.eval_steps or not self.recipe.train.metrics:
+            return []
+        self.phase("measuring model/")
+        values, examples = self.measure(engine, target)
+        outcome.evaluation = {**(outcome.evaluation or {}), **values}
+        self.board.evaluation(outcome.steps, values)
+        return examples
+
+    def measure(self, engine: Engine, target: Path) -> tuple[dict[str, float], list[dict[str, str]]]:
+        if not self.fits_whole(engine):
+            return self.metrics(engine.model, synced=self.plan.zero_stage == 3)
+        dist.barrier()
+        model = load_exported(target, self.recipe.model.task, self.recipe.model.precision).to(self.device)
+        return self.metrics(model, synced=False)
+
+    def fits_whole(self, engine: Engine) -> bool:
+        """Whether every rank's device has room for the whole model beside the engine."""
+        if self.device.type == "cpu":
+            return True
+        num_bytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.model.parameters())
+        free = torch.tensor(float(torch.cuda.mem_get_info(self.device)[0] > 2 * num_bytes), device=self.device)
+        dist.all_reduce(free, op=dist.ReduceOp.MIN)
+        return bool(free.item())
+
+    def phase(self, text: str) -> None:
+        if self.rank == 0:
+            self.folder.write_phase(text)
+
+    def close(self) -> None:
+        for feed in self.feeds.values():
+            feed.close()
+        self.board.close()
+        if self.log is not None:
+            self.log.close()
+
+    def _feed(self, split: str, last_step: int) -> Feed:
+        def fetch(first: int, count: int) -> list[WireStep]:
+            return ray.get(self.job.distributor.steps.remote(split, first, count, self.rank))
+
+        pad = self.tokenizer.pad_token_id
+        eos = self.tokenizer.eos_token_id
+        return Feed(
+            fetch, last_step=last_step, task=self.recipe.model.task, pad_id=pad, eos_id=pad if eos is None else eos, device=self.device
+        )

@@ -1,0 +1,56 @@
+"""What the plan is computed from: plain numbers about the model, the data and the machines.
+
+Facts are read elsewhere (training/model.py reads the model's on the meta device, data/source.py counts rows, cluster/launch.py asks
+the cluster) and passed in, so that planning stays arithmetic without torch, ray or deepspeed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One entry of `model.named_parameters()`: a tied weight appears once."""
+
+    name: str
+    numel: int
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Of the model as it is trained: with its head, and with LoRA's matrices if the recipe asks for them."""
+
+    model_type: str  # config.model_type: "t5", "llama", ...
+    parameters: tuple[Parameter, ...]  # in the order of named_parameters()
+    buffer_bytes: int  # persistent and other buffers, never partitioned
+    hidden_size: int
+    num_layers: int  # encoder plus decoder blocks
+    vocab_size: int
+    attn_implementation: str
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel for p in self.parameters)
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(p.numel for p in self.parameters if p.trainable)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Rows after slicing and holding out; None where the data cannot be reached."""
+
+    train_rows: int | None
+    eval_rows: int | None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device of one worker. `memory_bytes` is None where it is not known (a plan made without a cluster)."""
+
+    device: str  # "cuda" | "cpu"
+    name: str  # "NVIDIA H200", "CPU"
+    memory_bytes: int | None

@@ -1,0 +1,172 @@
+"""The training loop of one rank: fetch, forward and backward, step, meter, evaluate.
+
+It knows no cluster: it takes an engine, a feed and a few callables, so that it runs in a plain process. What the step gave is read one
+step late (meters.py); every rank reads the same numbers and takes the same turn.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from trainkit.data.feed import StepBatch
+from trainkit.data.order import combine
+from trainkit.errors import NonFiniteError
+from trainkit.planning.planner import Plan
+from trainkit.recipe.schema import Recipe
+from trainkit.training.meters import StepLedger, StepRecord, Submitted
+
+if TYPE_CHECKING:
+    from trainkit.training.engine import Engine
+
+
+class StepFeed(Protocol):
+    def micro_batches(self, step: int) -> StepBatch: ...
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the loop tells and asks the outside. Every rank calls all of them at the same steps."""
+
+    report: Callable[[StepRecord], None]
+    evaluate: Callable[[int], dict[str, float]]  # step to {"loss": ..., metric: ...}
+    keep_best: Callable[[int], None]  # the weights of now are the best so far
+    stop_requested: Callable[[], bool]
+
+
+@dataclass
+class Outcome:
+    """What is left of a run on this rank."""
+
+    status: str = "completed"  # completed | interrupted
+    steps: int = 0
+    evaluation: dict[str, float] | None = None  # the last one
+    best_step: int | None = None
+    best_value: float | None = None
+    evaluations_without_better: int = 0
+    stopped_early: bool = False
+    peak_bytes: tuple[int, ...] = field(default=())
+
+
+def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Surroundings) -> Outcome:
+    """Train plan.total_steps optimizer steps.
+
+    Raises NonFiniteError, one step late at most, when a loss is not finite or DeepSpeed skipped a step.
+    """
+    outcome = Outcome()
+    ledger = StepLedger(engine.device, plan.world_size)
+    clock = time.perf_counter()
+    for step in range(1, plan.total_steps + 1):
+        asked = time.perf_counter()
+        batch = feed.micro_batches(step)
+        data_wait = time.perf_counter() - asked
+
+        loss_sum = forward_and_backward(engine, batch, recipe.train.seed)
+        lr = learning_rate(step, plan.total_steps, plan.warmup_steps, recipe.optimizer.lr, recipe.optimizer.lr_scheduler_type)
+        grad_norm, applied = engine.step(lr)
+
+        clock, seconds = time.perf_counter(), time.perf_counter() - clock
+        mine = Submitted(batch, loss_sum, grad_norm, applied, lr, data_wait, seconds, around.stop_requested())
+        if _read(ledger.submit(mine), around, plan, outcome):
+            break
+        if evaluation_due(step, plan):
+            if _read(ledger.flush(), around, plan, outcome):
+                break
+            _evaluate(step, recipe, around, outcome)
+            if outcome.stopped_early:
+                break
+            clock = time.perf_counter()
+    _read(ledger.flush(), around, plan, outcome)
+    return outcome
+
+
+def forward_and_backward(engine: Engine, batch: StepBatch, seed: int) -> torch.Tensor:
+    """All micro-batches of this rank; returns the sum of their losses, a scalar on the device.
+
+    Dropout is seeded by (seed, step, number of the micro-batch in the step), so it does not depend on which rank trains it.
+    """
+    total = torch.zeros((), device=engine.device)
+    for micro in batch.micro_batches:
+        torch.manual_seed(combine(seed, batch.step, micro.index) % 2**63)
+        sum_loss = engine.sum_loss(micro)
+        engine.backward(sum_loss, batch.label_tokens, last=micro is batch.micro_batches[-1])
+        total += sum_loss.detach()
+    return total
+
+
+def evaluation_due(step: int, plan: Plan) -> bool:
+    return plan.eval_every > 0 and (step % plan.eval_every == 0 or step == plan.total_steps)
+
+
+def _read(record: StepRecord | None, around: Surroundings, plan: Plan, outcome: Outcome) -> bool:
+    """Take in a finished step. Returns whether to stop."""
+    if record is None:
+        return outcome.status == "interrupted"
+    around.report(record)
+    outcome.steps, outcome.peak_bytes = record.step, record.peak_bytes
+    _check_finite(record, plan)
+    if record.stop and record.step < plan.total_steps:
+        outcome.status = "interrupted"
+    return outcome.status == "interrupted"
+
+
+def _check_finite(record: StepRecord, plan: Plan) -> None:
+    """fp16's search for a loss scale skips steps whose loss is finite; they are recorded, and only there is that no fault."""
+    if record.non_finite_ranks:
+        ranks = ", ".join(map(str, record.non_finite_ranks))
+        what = f"the loss of rank {ranks} is not finite"
+    elif not record.applied and plan.precision != "fp16":
+        what = "DeepSpeed skipped the step"
+    elif not math.isfinite(record.grad_norm) and plan.precision != "fp16":
+        what = f"the gradient norm over all ranks is {record.grad_norm}"
+    else:
+        return
+    raise NonFiniteError(
+        f"step {record.step}: {what} (loss {record.loss}, gradient norm {record.grad_norm}, learning rate {record.lr:.3g}). "
+        "Look at the rows of this step, lower optimizer.lr, or use model.precision: fp32.",
+        step=record.step, rank=record.non_finite_ranks[0] if record.non_finite_ranks else None, what=what,
+    )  # fmt: skip
+
+
+def _evaluate(step: int, recipe: Recipe, around: Surroundings, outcome: Outcome) -> None:
+    values = around.evaluate(step)
+    outcome.evaluation = {"step": step, **values}
+    metric = recipe.train.metric_for_best_model
+    if metric is None:
+        return
+    value = values[metric]
+    if outcome.best_value is None or (value < outcome.best_value if metric == "loss" else value > outcome.best_value):
+        outcome.best_step, outcome.best_value, outcome.evaluations_without_better = step, value, 0
+        around.keep_best(step)
+    else:
+        outcome.evaluations_without_better += 1
+    patience = recipe.train.early_stopping_patience
+    outcome.stopped_early = patience is not None and outcome.evaluations_without_better >= patience
+
+
+def _linear(progress: float) -> float:
+    return 1.0 - progress
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _constant(progress: float) -> float:
+    return 1.0
+
+
+SCHEDULES = {"linear": _linear, "cosine": _cosine, "constant": _constant}
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str) -> float:
+    """Of optimizer step `step`, counted from 1: linear from 0 over the warm-up, then the schedule's decay, as transformers counts."""
+    done = step - 1
+    if done < warmup_steps:
+        return peak * done / max(1, warmup_steps)
+    return peak * SCHEDULES[schedule]((done - warmup_steps) / max(1, total_steps - warmup_steps))

@@ -1,0 +1,140 @@
+"""What a step cost and gave, gathered over all ranks without a host sync.
+
+Once a step each rank contributes a few numbers to one small all_gather. The result is read one step late, when it has long arrived, so
+the GPU is never waited for. Every rank sees the same numbers and therefore decides alike (stop, non-finite).
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainkit.data.feed import StepBatch
+from trainkit.data.order import set_hash
+
+_FIELDS = ("loss_sum", "grad_norm", "applied", "tokens", "padded_tokens", "peak_bytes", "reserved_bytes", "data_wait", "stop", "hash_low", "hash_high")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """One rank's numbers of one optimizer step, before they are gathered. Tensors stay where they are."""
+
+    batch: StepBatch
+    loss_sum: torch.Tensor  # sum of the cross-entropies of this rank's micro-batches
+    grad_norm: torch.Tensor | float
+    applied: bool  # DeepSpeed updated the weights
+    lr: float
+    data_wait_seconds: float
+    seconds: float
+    stop: bool
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step over all ranks."""
+
+    step: int
+    epoch: int  # from 0
+    loss: float
+    grad_norm: float
+    lr: float
+    samples: int
+    tokens: int
+    padding_fraction: float
+    seconds: float
+    data_wait_seconds: float  # of the rank that waited longest
+    applied: bool
+    stop: bool
+    non_finite_ranks: tuple[int, ...]  # whose loss is NaN or infinite
+    step_hash: int  # of the sample ids that the ranks trained
+    peak_bytes: tuple[int, ...]  # per rank: allocated on the GPU, resident on the CPU
+    reserved_bytes: tuple[int, ...]
+
+
+class StepLedger:
+    """Takes a step's numbers and gives back those of the step before."""
+
+    def __init__(self, device: torch.device, world_size: int):
+        self.device, self.world_size = device, world_size
+        self.pending: tuple[Submitted, torch.Tensor, torch.cuda.Event | None] | None = None
+
+    def submit(self, mine: Submitted) -> StepRecord | None:
+        """Gather this step's numbers; returns the record of the previous step, None before the first."""
+        before = self.flush()
+        peak, reserved = peak_memory_bytes(self.device)
+        tokens = sum(micro.tokens for micro in mine.batch.micro_batches)
+        padded = sum(micro.padded_tokens for micro in mine.batch.micro_batches)
+        trained = sum(set_hash(micro.sample_ids) for micro in mine.batch.micro_batches) % 2**64
+        numbers = [0.0, 0.0, mine.applied, tokens, padded, peak, reserved, mine.data_wait_seconds, mine.stop, trained % 2**32, trained >> 32]
+        local = torch.tensor(numbers, dtype=torch.float64, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
+        local[0] = mine.loss_sum
+        local[1] = mine.grad_norm
+        everyone = torch.empty(self.world_size * len(_FIELDS), dtype=torch.float64, device=self.device)
+        dist.all_gather_into_tensor(everyone, local)
+        self.pending = mine, *_to_host(everyone)
+        return before
+
+    def flush(self) -> StepRecord | None:
+        """The record of the last submitted step, waited for; None if there is none."""
+        if self.pending is None:
+            return None
+        mine, gathered, arrived = self.pending
+        self.pending = None
+        if arrived is not None:
+            arrived.synchronize()
+        return _record(mine, gathered.view(self.world_size, len(_FIELDS)))
+
+
+def _to_host(gathered: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    if gathered.device.type == "cpu":
+        return gathered, None
+    host = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
+    host.copy_(gathered, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
+
+
+def _record(mine: Submitted, gathered: torch.Tensor) -> StepRecord:
+    by_name: dict[str, list[float]] = dict(zip(_FIELDS, gathered.T.tolist(), strict=True))
+    losses, batch = by_name["loss_sum"], mine.batch
+    hashes = [int(low) + (int(high) << 32) for low, high in zip(by_name["hash_low"], by_name["hash_high"], strict=True)]
+    tokens, padded = sum(by_name["tokens"]), sum(by_name["padded_tokens"])
+    return StepRecord(
+        step=batch.step,
+        epoch=batch.epoch,
+        loss=sum(losses) / max(1, batch.label_tokens),
+        grad_norm=by_name["grad_norm"][0],
+        lr=mine.lr,
+        samples=batch.samples,
+        tokens=int(tokens),
+        padding_fraction=1 - tokens / max(1, padded),
+        seconds=mine.seconds,
+        data_wait_seconds=max(by_name["data_wait"]),
+        applied=all(by_name["applied"]),
+        stop=any(by_name["stop"]),
+        non_finite_ranks=tuple(rank for rank, loss in enumerate(losses) if not math.isfinite(loss)),
+        step_hash=sum(hashes) % 2**64,
+        peak_bytes=tuple(int(number) for number in by_name["peak_bytes"]),
+        reserved_bytes=tuple(int(number) for number in by_name["reserved_bytes"]),
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> tuple[int, int]:
+    """(peak allocated, peak reserved) on the GPU since the start; on a CPU the process's peak resident set, twice."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident, resident
+
+
+def as_json(record: StepRecord, order: str) -> dict[str, Any]:
+    """The line of steps.jsonl: the contract's keys, and `skipped` where DeepSpeed did not apply the step."""
+    keys = ("step", "loss", "grad_norm", "lr", "samples", "tokens", "seconds", "data_wait_seconds")
+    line = {key: getattr(record, key) for key in keys} | {"order": order, "padding_fraction": round(record.padding_fraction, 4)}
+    return line if record.applied else line | {"skipped": True}

@@ -1,0 +1,210 @@
+"""The Hugging Face model: its facts without weights, its first weights, and the loss of each task.
+
+Random weights, missing heads and LoRA matrices are drawn once, on the CPU, from train.seed, and written as safetensors; every rank
+loads them like pretrained ones. So every ZeRO stage and world size starts from the same bits (drawn under ZeRO-3 they would differ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from trainkit.data.feed import IGNORED_LABEL, MicroBatch
+from trainkit.errors import DataError
+from trainkit.planning.facts import ModelFacts, Parameter
+from trainkit.recipe.schema import Lora, Recipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+Gathered = Callable[[torch.nn.Parameter], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task's model is made and what its loss is. `logits` and `sum_loss` see the model and one micro-batch."""
+
+    auto_class: Any
+    peft_type: str
+    logits: Callable[[torch.nn.Module, MicroBatch], torch.Tensor]
+    sum_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _token_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies, in fp32, of logits [..., classes] at labels [...]; labels of -100 do not count."""
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def _seq2seq_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    shifted = base_model(model).prepare_decoder_input_ids_from_labels(batch.labels)
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=shifted, use_cache=False).logits
+
+
+def _causal_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+
+
+def _causal_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return _token_sum(logits[:, :-1], labels[:, 1:])
+
+
+def _class_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
+
+
+TASKS = {
+    "seq2seq": Task(transformers.AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM", _seq2seq_logits, _token_sum),
+    "causal": Task(transformers.AutoModelForCausalLM, "CAUSAL_LM", _causal_logits, _causal_sum),
+    "classification": Task(transformers.AutoModelForSequenceClassification, "SEQ_CLS", _class_logits, _token_sum),
+}
+
+
+def base_model(model: torch.nn.Module) -> Any:
+    """The transformers model under an engine or a LoRA wrapper."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def load_config(recipe: Recipe, label_names: Sequence[str] | None = None) -> Any:
+    """The model's config.json; raises DataError when it is not there, is not a model's, or lacks the task's head."""
+    labels: dict[str, Any] = {}
+    if label_names is not None:
+        labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: index for index, name in enumerate(label_names)}}
+    try:
+        config = transformers.AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision, **labels)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"model.path: {recipe.model.path}: no config of a transformers model can be read here: {_first_line(error)}") from None
+    if type(config) not in TASKS[recipe.model.task].auto_class._model_mapping:
+        raise DataError(f"model.task: {recipe.model.task}: {recipe.model.path} is a {config.model_type} model, which has no such head")
+    if config.pad_token_id is None and recipe.model.task == "classification":
+        config.pad_token_id = config.eos_token_id  # the head looks for the last token that is not padding
+    return config
+
+
+def model_facts(recipe: Recipe, label_names: Sequence[str] | None = None) -> ModelFacts:
+    """Parameters, buffers and shape of the recipe's model, read on the meta device: no weights are loaded or drawn."""
+    from accelerate import init_empty_weights
+
+    config = load_config(recipe, label_names)
+    with init_empty_weights(include_buffers=True):
+        model = _add_lora(_from_config(recipe, config, torch.float32), recipe)
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", 0) + (getattr(text, "num_decoder_layers", None) or 0 if config.is_encoder_decoder else 0)
+    return ModelFacts(
+        model_type=config.model_type,
+        parameters=tuple(Parameter(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()),
+        buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        hidden_size=text.hidden_size,
+        num_layers=layers,
+        vocab_size=text.vocab_size,
+        attn_implementation=str(base_model(model).config._attn_implementation),
+    )
+
+
+def write_first_weights(recipe: Recipe, path: Path, label_names: Sequence[str] | None = None) -> Path | None:
+    """Draw what no checkpoint holds, on the CPU from train.seed, and write it to `path`; None if nothing had to be drawn."""
+    torch.manual_seed(recipe.train.seed)
+    config = load_config(recipe, label_names)
+    if recipe.model.weights == "random":
+        model, loaded = _from_config(recipe, config, torch.float32), set()
+    else:
+        model, missing = _from_pretrained(recipe, config, "auto")
+        loaded = {id(p) for name, p in model.named_parameters() if name not in missing}
+    model = _add_lora(model, recipe)
+    drawn = {name: p.detach().float().contiguous() for name, p in model.named_parameters() if id(p) not in loaded}
+    if not drawn:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(drawn, path)
+    return path
+
+
+def build_model(recipe: Recipe, first_weights: str | None, gathered: Gathered, label_names: Sequence[str] | None = None) -> Any:
+    """The model to train, on the CPU or, inside an engine's ZeRO-3 context, partitioned from the start.
+
+    gathered(parameter) is a context in which a whole parameter can be written: on the rank that writes it.
+    """
+    config = load_config(recipe, label_names)
+    dtype = DTYPES[recipe.model.precision]
+    model = _from_config(recipe, config, dtype) if recipe.model.weights == "random" else _from_pretrained(recipe, config, dtype)[0]
+    model = _add_lora(model, recipe)
+    if first_weights is not None:
+        _overlay(model, first_weights, gathered)
+    if recipe.model.gradient_checkpointing:
+        base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def load_exported(folder: str | Path, task: str, precision: str) -> Any:
+    """An exported model/ folder as plain transformers loads it, in evaluation mode, on the CPU. An adapter loads over its base."""
+    kwargs = {"dtype": DTYPES[precision]}
+    if (Path(folder) / "adapter_config.json").exists():
+        import peft
+
+        adapter = peft.PeftConfig.from_pretrained(str(folder))
+        base = TASKS[task].auto_class.from_pretrained(adapter.base_model_name_or_path, revision=adapter.revision, **kwargs)
+        return peft.PeftModel.from_pretrained(base, str(folder)).eval()
+    return TASKS[task].auto_class.from_pretrained(str(folder), **kwargs).eval()
+
+
+def _overlay(model: torch.nn.Module, path: str, gathered: Gathered) -> None:
+    with safe_open(path, framework="pt") as weights:
+        names = set(weights.keys())
+        for name, parameter in model.named_parameters():
+            if name in names:
+                with gathered(parameter) as writes, torch.no_grad():
+                    if writes:
+                        parameter.copy_(weights.get_tensor(name))
+                names.discard(name)
+    assert not names, f"first weights without a parameter: {sorted(names)[:3]}"
+
+
+def _attention(recipe: Recipe) -> dict[str, Any]:
+    return {} if recipe.model.attn_implementation is None else {"attn_implementation": recipe.model.attn_implementation}
+
+
+def _from_config(recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
+    try:
+        return TASKS[recipe.model.task].auto_class.from_config(config, dtype=dtype, **_attention(recipe))
+    except (ValueError, ImportError) as error:
+        raise DataError(f"model.path: {recipe.model.path}: the model cannot be built: {_first_line(error)}") from None
+
+
+def _from_pretrained(recipe: Recipe, config: Any, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
+    """The model and the names of its parameters that the checkpoint does not hold."""
+    try:
+        model, info = TASKS[recipe.model.task].auto_class.from_pretrained(
+            recipe.model.path, revision=recipe.model.revision, config=config, dtype=dtype, use_safetensors=True,
+            output_loading_info=True, **_attention(recipe),
+        )  # fmt: skip
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise DataError(
+            f"model.path: {recipe.model.path}: no weights can be loaded: {_first_line(error)}. Write model.weights: random to train from scratch."
+        ) from None
+    return model, set(info["missing_keys"])
+
+
+def _add_lora(model: Any, recipe: Recipe) -> Any:
+    lora: Lora | None = recipe.model.lora
+    if lora is None:
+        return model
+    import peft
+
+    settings = peft.LoraConfig(task_type=TASKS[recipe.model.task].peft_type, **lora.model_dump())
+    settings.base_model_name_or_path = recipe.model.path
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise DataError(f"model.lora.target_modules: {lora.target_modules}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
