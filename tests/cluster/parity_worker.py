@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from trainkit.data.batches import Budget
 from trainkit.data.distributor import DataDistributor, Feeding
-from trainkit.data.feed import Feed, StepBatch
+from trainkit.data.feed import Feed, MicroBatch, StepBatch
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer, prepare
 from trainkit.planning.facts import DataFacts, Hardware
 from trainkit.planning.planner import Plan, make_plan
@@ -56,15 +56,26 @@ def train_with_trainkit(recipe: Recipe, prepared: Prepared, first_weights: str, 
     partitioning = Partitioning(plan)
     model = build_model(recipe, first_weights, partitioning.gathered, prepared.label_names)
     engine = Engine(model, plan, recipe.model.task, CPU)
-    if fault == "mean of means":  # what most trainers do: each micro-batch's own mean
-        exact = engine.backward
-        engine.backward = lambda loss, tokens, last: exact(loss, tokens * 2, last)  # type: ignore[method-assign]
+    if fault == "mean of means":
+        _plant_mean_of_means(engine, plan.micro_batches_per_step)
     records: list[StepRecord] = []
     feed = feed_of(recipe, plan, prepared, rank)
     loop.train(engine, feed, plan, recipe, loop.Surroundings(records.append, lambda step: {}, lambda step: None, lambda: False))
     feed.close()
     engine.close()
     return [[record.loss, record.grad_norm, record.samples] for record in records]
+
+
+def _plant_mean_of_means(engine: Engine, num_micro_batches: int) -> None:
+    """What most trainers do: every micro-batch is divided by its own label count, then the micro-batches are averaged."""
+    exact_loss, exact_backward, counts = engine.sum_loss, engine.backward, []
+
+    def sum_loss(batch: MicroBatch) -> torch.Tensor:
+        counts.append(int((batch.labels != -100).sum()))
+        return exact_loss(batch)
+
+    engine.sum_loss = sum_loss  # type: ignore[method-assign]
+    engine.backward = lambda loss, tokens, last: exact_backward(loss, counts[-1] * num_micro_batches, last)  # type: ignore[method-assign]
 
 
 def train_with_torch(recipe: Recipe, prepared: Prepared, first_weights: str) -> list[list[float]]:

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 
 from trainkit.data.distributor import WireStep
+from trainkit.data.encoding import DEFAULT_LENGTH
 from trainkit.data.feed import Feed, MicroBatch
 from trainkit.data.order import chain
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer
-from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
+from trainkit.inference.evaluate import Rank, evaluate_loss, evaluate_metrics
 from trainkit.inference.export import export_model
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
@@ -131,11 +132,8 @@ class Worker:
             arrays=TokenArrays.open(self.job.prepared.eval),
             tokenizer=self.tokenizer,
             label_names=self.job.prepared.label_names,
-            rank=self.rank,
-            world_size=self.world_size,
-            device=self.device,
-            max_new_tokens=self.recipe.data.max_target_length or self.recipe.data.max_length or 512,
-            synced_gpus=synced,
+            where=Rank(self.rank, self.world_size, self.device, in_step=synced),
+            max_new_tokens=self.recipe.data.max_target_length or self.recipe.data.max_length or DEFAULT_LENGTH,
         )
 
     def keep_best(self, engine: Engine) -> None:
@@ -146,7 +144,7 @@ class Worker:
     def export(self, engine: Engine, folder: Path) -> None:
         if self.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        export_model(engine, self.tokenizer, folder, self.recipe.model.task, self.example_batch())
+        export_model(engine, self.tokenizer, folder, self.recipe, self.example_batch())
 
     def example_batch(self) -> MicroBatch:
         """A micro-batch whose logits are compared between the engine and the exported model."""

@@ -108,7 +108,7 @@ class Feed:
     def _to_device(self, batch: StepBatch) -> StepBatch:
         if self.device.type == "cpu":
             return batch
-        return StepBatch(**{**vars(batch), "micro_batches": [_moved(micro, self.device) for micro in batch.micro_batches]})
+        return StepBatch(**{**vars(batch), "micro_batches": [moved(micro, self.device) for micro in batch.micro_batches]})
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,7 @@ def rectangle(values: np.ndarray, lengths: np.ndarray, fill: int) -> np.ndarray:
     return out
 
 
-def _moved(micro: MicroBatch, device: torch.device) -> MicroBatch:
+def moved(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    """The same micro-batch on a device."""
     tensors = {name: value.to(device, non_blocking=True) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)}
     return MicroBatch(**{**vars(micro), **tensors})

@@ -145,14 +145,19 @@ def build_model(recipe: Recipe, first_weights: str | None, gathered: Gathered, l
 
 def load_exported(folder: str | Path, task: str, precision: str) -> Any:
     """An exported model/ folder as plain transformers loads it, in evaluation mode, on the CPU. An adapter loads over its base."""
-    kwargs = {"dtype": DTYPES[precision]}
-    if (Path(folder) / "adapter_config.json").exists():
-        import peft
+    folder, auto_class, dtype = Path(folder), TASKS[task].auto_class, DTYPES[precision]
+    if not (folder / "adapter_config.json").exists():
+        return auto_class.from_pretrained(folder, dtype=dtype).eval()
+    import peft
 
-        adapter = peft.PeftConfig.from_pretrained(str(folder))
-        base = TASKS[task].auto_class.from_pretrained(adapter.base_model_name_or_path, revision=adapter.revision, **kwargs)
-        return peft.PeftModel.from_pretrained(base, str(folder)).eval()
-    return TASKS[task].auto_class.from_pretrained(str(folder), **kwargs).eval()
+    adapter = peft.PeftConfig.from_pretrained(str(folder))
+    own_base = (folder / "base").is_dir()  # drawn at random, so it lies with its adapter
+    config = transformers.AutoConfig.from_pretrained(folder)
+    base = auto_class.from_pretrained(
+        folder / "base" if own_base else adapter.base_model_name_or_path,
+        revision=None if own_base else adapter.revision, config=config, dtype=dtype,
+    )  # fmt: skip
+    return peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False).eval()
 
 
 def _overlay(model: torch.nn.Module, path: str, gathered: Gathered) -> None:

@@ -1,0 +1,202 @@
+"""The command through a real local Ray: what a run leaves, how it ends, and that no process stays behind.
+
+Each test costs a start of Ray and its workers, so each looks at all that its run shows.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from trainkit.runs.folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--set", "train.max_steps=4", "--set", "data.eval=null", "--set", "train.metrics=[]", "--set", "batch.samples=8"]
+LONG = ["--set", "train.max_steps=100000", "--set", "data.eval=null", "--set", "train.metrics=[]", "--set", "batch.samples=8"]
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
+@contextmanager
+def started(runs: Path, options: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process group of its own, as a terminal starts it; whatever is left of it is ended."""
+    command = [sys.executable, "-m", "trainkit.run", str(ROOT / "recipes/quickstart.yaml"), "--runs", str(runs), "--name", "it", *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(), cwd=ROOT
+    )
+    try:
+        yield process
+    finally:
+        for left in family(process):
+            left.kill()
+        process.kill()
+        process.communicate()
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def alive(processes: Sequence[psutil.Process]) -> list[str]:
+    """Names of those that still run a second later."""
+    _, left = psutil.wait_procs(list(processes), timeout=1)
+    return [process.name() for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_for_steps(folder: RunFolder, process: subprocess.Popen[str], count: int = 2) -> None:
+    deadline = time.monotonic() + 200
+    while len(folder.read_steps()) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no steps"
+        time.sleep(0.1)
+
+
+def summary(folder: RunFolder) -> dict[str, Any]:
+    found = folder.read_summary()
+    assert found is not None
+    return found
+
+
+def test_a_run_leaves_what_it_promises_and_shows_no_noise(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "it")
+    with started(tmp_path, SMALL) as process:
+        wait_for_steps(folder, process, 1)
+        workers = family(process)
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+    assert alive(workers) == []
+    assert len(workers) > 4, "Ray and its workers were seen"
+    assert err == ""
+    assert "\x1b" not in out and "tensorboard --logdir" in out
+    for noise in ("raylet", "(pid=", "WARNING", "Warning", "INFO", "deepspeed"):
+        assert noise not in out
+    steps, found = folder.read_steps(), summary(folder)
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert {"loss", "grad_norm", "lr", "samples", "tokens", "seconds", "data_wait_seconds", "order"} <= set(steps[0])
+    assert (found["status"], found["steps"], found["world_size"], found["zero_stage"]) == ("completed", 4, 2, 2)
+    assert found["samples"] == sum(step["samples"] for step in steps) and found["order"] == steps[-1]["order"]
+    assert len(found["peak_memory_gib"]) == 2
+    assert {"recipe.yaml", "plan.json", "environment.json", "tensorboard", "model"} <= {path.name for path in folder.path.iterdir()}
+    assert "RAY_AUTH_TOKEN" not in (folder.path / "environment.json").read_text()
+    command = [sys.executable, "-m", "trainkit.run", str(folder.path / "recipe.yaml"), "--runs", str(tmp_path), "--name", "it"]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert again.returncode == 2 and "this run exists" in again.stderr
+
+
+def test_ctrl_c_ends_in_an_interrupted_run_and_no_process_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "it")
+    with started(tmp_path, LONG) as process:
+        wait_for_steps(folder, process)
+        workers = family(process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted after step" in err and "Traceback" not in err
+    assert alive(workers) == []
+    found = summary(folder)
+    assert found["status"] == "interrupted" and found["steps"] == len(folder.read_steps()) > 1
+    folder.lock("driver").release()
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "it")
+    with started(tmp_path, LONG) as process:
+        wait_for_steps(folder, process)
+        workers = family(process)
+        for worker in workers:
+            if any("RayTrainWorker" in word for word in worker.cmdline()):
+                worker.suspend()  # it will not reach the end of its step
+        process.terminate()
+        time.sleep(1)
+        assert process.poll() is None
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "interrupted at once" in err
+    assert alive(workers) == []
+    assert summary(folder)["status"] == "interrupted"
+
+
+def test_a_killed_worker_fails_the_run_and_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "it")
+    with started(tmp_path, LONG) as process:
+        wait_for_steps(folder, process)
+        workers = family(process)
+        ranks = [worker for worker in workers if any("RayTrainWorker" in word for word in worker.cmdline())]
+        assert len(ranks) == 2
+        ranks[1].kill()
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 4
+    assert "ended" in err and "without an error of its own: killed by a signal" in err and "Traceback" not in err
+    assert alive(workers) == []
+    found = summary(folder)
+    assert found["status"] == "failed" and found["error"]["kind"] == "TrainingError" and found["steps"] >= 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rank(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "it")
+    with started(tmp_path, [*LONG, "--set", "optimizer.lr=1.0e+30", "--set", "optimizer.warmup_steps=0"]) as process:
+        _, err = process.communicate(timeout=200)
+    assert process.returncode == 4
+    assert "error: step " in err and "rank" in err and "Traceback" not in err
+    found = summary(folder)
+    assert (found["status"], found["error"]["kind"]) == ("failed", "NonFiniteError")
+    assert found["steps"] <= found["error"]["step"] + 1
+    assert not (folder.path / "model").exists()
+
+
+CLUSTER = """
+import ray, sys
+ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8, logging_level="error")
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_more_than_a_joined_cluster_has_is_said_within_seconds(tmp_path: Path) -> None:
+    settings = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    cluster = subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings)
+    try:
+        assert cluster.stdout is not None
+        address = cluster.stdout.readline().strip()
+        command = [
+            sys.executable,
+            "-m",
+            "trainkit.run",
+            str(ROOT / "recipes/quickstart.yaml"),
+            "--runs",
+            str(tmp_path),
+            "--address",
+            address,
+        ]
+        asked = subprocess.run([*command, "--name", "it", "--set", "scaling.num_workers=9", *SMALL],
+                               capture_output=True, text=True, timeout=100, check=False, env=settings, cwd=ROOT)  # fmt: skip
+        assert asked.returncode == 3, asked.stdout + asked.stderr
+        assert "9 workers × 1 CPU = 9 CPU, and the cluster has 2" in " ".join(asked.stderr.split())
+        assert summary(RunFolder(tmp_path / "it"))["error"]["kind"] == "CapacityError"
+    finally:
+        cluster.communicate("")
+    assert cluster.returncode == 0
+
+
+@pytest.fixture(autouse=True)
+def no_ray_of_others() -> Iterator[None]:
+    """Each test starts from a machine whose Ray, if any, is not ours, and leaves none."""
+    before = {process.pid for process in psutil.process_iter(["name"]) if process.info["name"] in ("raylet", "gcs_server")}
+    yield
+    after = {process.pid for process in psutil.process_iter(["name"]) if process.info["name"] in ("raylet", "gcs_server")}
+    assert after <= before

@@ -1,0 +1,106 @@
+"""The command: options, exit codes, one readable message for what a user can get wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainkit import cli
+from trainkit.errors import CapacityError, DataError, Interrupted, TrainingError, TrainkitError, UsageError
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "recipes/quickstart.yaml")
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def test_a_missing_recipe_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("run", "plan"):
+        assert call(verb, "no_such.yaml") == 2
+        shown = capsys.readouterr()
+        assert "error:" in shown.err and "no_such.yaml" in shown.err and "Traceback" not in shown.err
+        assert shown.out == ""
+
+
+def test_an_unknown_option_or_verb_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", QUICKSTART, "--reset") == 2
+    assert call("fly") == 2
+    assert call() in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_wrong_size_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", QUICKSTART, "--gpu-memory", "much") == 2
+    assert "--gpu-memory: 'much' is not a size: write for example 80GiB" in capsys.readouterr().err
+
+
+def test_a_wrong_key_in_set_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", QUICKSTART, "--set", "optimizer.learning=1") == 2
+    assert "optimizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, code", [(UsageError, 2), (DataError, 2), (CapacityError, 3), (TrainingError, 4), (Interrupted, 130)])
+def test_each_error_has_its_exit_code(
+    kind: type[TrainkitError], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise kind("what happened [and] where")
+
+    monkeypatch.setattr("trainkit.cluster.decision.decide", fails)
+    assert call("plan", QUICKSTART) == code
+    assert capsys.readouterr().err.strip() .removeprefix("error: ") == "what happened [and] where"
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", "no_such.yaml", "--debug") == 2
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown and "error:" in shown
+
+
+def test_runs_overrides_the_storage_path(tmp_path: Path) -> None:
+    from trainkit import load_recipe
+
+    folder = tmp_path / "a: folder"
+    recipe = load_recipe(QUICKSTART, cli._with_runs(["train.max_steps=3"], folder))
+    assert (recipe.run.storage_path, recipe.train.max_steps) == (str(folder), 3)
+
+
+def test_the_quickstart_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", QUICKSTART) == 0
+    shown = capsys.readouterr()
+    assert "unknown" not in shown.out and shown.err == ""
+
+
+def test_what_cannot_be_reached_is_printed_as_unknown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert call("plan", QUICKSTART, "--set", "model.path=nobody/no-such-model", "--set", "data.path=nobody/no-such-data") == 0
+    shown = capsys.readouterr().out
+    assert "unknown" in shown and "nobody/no-such-model" in shown and "nobody/no-such-data" in shown
+
+
+@pytest.mark.parametrize(
+    "options, message, code",
+    [
+        (["--set", "scaling.num_workers=500"], "500 workers", 3),
+        (["--set", "scaling.use_gpu=true"], "scaling.use_gpu: false", 3),
+        (["--name", "../x"], "run name '../x'", 2),
+        (["--runs", "/proc/runs"], "cannot be written", 2),
+        (["--name", "taken"], "this run exists", 2),
+        (["--address", "127.0.0.1:9"], "nobody answers there: Connection refused", 2),
+        (["--address", "ray://head:10001"], "write the head node as host:port", 2),
+    ],
+)
+def test_a_run_that_cannot_start_says_so_before_anything_starts(
+    options: list[str], message: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainkit.cluster.hardware.gpu_names", list)
+    (tmp_path / "taken").mkdir()
+    assert call("run", QUICKSTART, "--runs", str(tmp_path), *options) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]

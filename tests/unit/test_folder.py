@@ -1,0 +1,154 @@
+"""The run folder: names, numbering, whole files, steps, locks, errors."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainkit.errors import UsageError
+from trainkit.runs.folder import RunFolder, StepLog, StepTail, write_whole
+
+HOLD_THE_LOCK = """
+import sys, time
+from trainkit.runs.folder import RunFolder
+held = RunFolder(sys.argv[1]).lock("driver")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "runs", "small")
+
+
+def test_numbers_go_on_after_the_highest(tmp_path: Path) -> None:
+    assert [RunFolder.create(tmp_path, "a").name for _ in range(2)] == ["a-1", "a-2"]
+    (tmp_path / "a-9").mkdir()
+    (tmp_path / "a-x").mkdir()
+    (tmp_path / "b-20").mkdir()
+    assert RunFolder.create(tmp_path, "a").name == "a-10"
+
+
+def test_a_given_name_is_used_exactly_and_once(tmp_path: Path) -> None:
+    assert RunFolder.create(tmp_path, "stem", "mine").path == tmp_path / "mine"
+    with pytest.raises(UsageError, match=r"this run exists.*--name"):
+        RunFolder.create(tmp_path, "stem", "mine")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "a b", "ä", "x" * 129, "a\n", ".."])
+def test_names_that_leave_the_runs_folder_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="run name"):
+        RunFolder.create(tmp_path / "runs", "stem", name)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_runs_folder_that_is_a_file_is_a_readable_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(UsageError, match=r"cannot be written: .*--runs"):
+        RunFolder.create(tmp_path / "runs", "a")
+
+
+def test_a_read_only_runs_folder_is_a_readable_error() -> None:
+    with pytest.raises(UsageError, match=r"cannot be written: .*--runs"):
+        RunFolder.create("/proc/runs", "a")
+
+
+def test_a_full_disk_is_a_readable_error_and_leaves_no_part_of_a_file(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UsageError, match=r"No space left on device.*--runs"):
+        folder.write_plan({"world_size": 2})
+    assert sorted(path.name for path in folder.path.iterdir()) == [".ray"]
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    write_whole(path, "old")
+    seen = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: seen.append(path.read_text()))
+    write_whole(path, "new")
+    assert (seen, path.read_text()) == (["old"], "new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_written_is_read(folder: RunFolder) -> None:
+    assert folder.read_summary() is None
+    folder.write_summary({"status": "completed", "train_loss": math.inf})
+    assert folder.read_summary() == {"status": "completed", "train_loss": math.inf}
+    folder.write_recipe("name: a\n")
+    folder.write_environment({"python": "3.11"})
+    assert (folder.path / "recipe.yaml").read_text() == "name: a\n"
+    assert json.loads((folder.path / "environment.json").read_text()) == {"python": "3.11"}
+
+
+def test_a_step_can_be_read_at_once_and_nan_stays_nan(folder: RunFolder) -> None:
+    log = StepLog(folder)
+    log.append({"step": 1, "loss": float("nan")})
+    assert folder.steps_path.read_text() == '{"step": 1, "loss": NaN}\n'
+    assert math.isnan(folder.read_steps()[0]["loss"])
+    log.close()
+    log.close()
+
+
+def test_a_line_cut_off_by_a_killed_process_is_left_out(folder: RunFolder) -> None:
+    folder.steps_path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert folder.read_steps() == [{"step": 1}, {"step": 2}]
+
+
+def test_the_tail_gives_each_complete_line_once(folder: RunFolder) -> None:
+    tail = StepTail(folder)
+    assert list(tail.new_steps()) == []
+    with folder.steps_path.open("a") as file:
+        file.write('{"step": 1}\n{"st')
+        file.flush()
+        assert list(tail.new_steps()) == [{"step": 1}]
+        file.write('ep": 2}\n')
+        file.flush()
+        assert list(tail.new_steps()) == [{"step": 2}]
+    assert list(tail.new_steps()) == []
+
+
+def test_the_stop_file_reaches_another_object(folder: RunFolder) -> None:
+    worker = RunFolder(str(folder.path))
+    assert not worker.stop_requested()
+    folder.request_stop()
+    assert worker.stop_requested()
+
+
+def test_the_phase_is_read_as_written(folder: RunFolder) -> None:
+    assert folder.read_phase() == ""
+    folder.write_phase("training")
+    assert folder.read_phase() == "training"
+
+
+def test_the_earliest_error_comes_first(folder: RunFolder) -> None:
+    folder.write_error(1, 7, UsageError("the cause"), "Traceback ...")
+    time.sleep(0.01)
+    folder.write_error(0, 6, ConnectionError("peer closed"), "Traceback ...")
+    first, second = folder.errors()
+    assert (first.rank, first.step, first.kind, first.message) == (1, 7, "UsageError", "the cause")
+    assert (second.rank, second.kind) == (0, "ConnectionError")
+    assert folder.traceback_path(1).read_text() == "Traceback ..."
+
+
+def test_a_lock_is_held_by_one_and_goes_with_its_process(folder: RunFolder) -> None:
+    other = subprocess.Popen([sys.executable, "-c", HOLD_THE_LOCK, str(folder.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match="another process works on this run"):
+            folder.lock("driver", wait_seconds=0.2)
+        folder.lock("rank-0").release()
+    finally:
+        other.kill()
+        other.wait()
+    folder.lock("driver", wait_seconds=5).release()

@@ -1,0 +1,111 @@
+"""Imports go down only, each outside library has its owners, and the plan loads neither ray nor deepspeed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+OWNERS = {
+    "yaml": ["recipe/reader.py"],
+    "deepspeed": ["training/engine.py", "training/checkpoint.py", "training/operators.py"],
+    "ray": ["cluster/", "data/distributor.py", "inference/predict.py", "inference/serve.py"],
+    "torch.utils.tensorboard": ["training/board.py"],
+    "accelerate": ["training/model.py"],
+    "typer": ["cli.py"],
+}
+PLAN = """
+from trainkit.cli import main
+try:
+    main(["plan", "recipes/quickstart.yaml"])
+except SystemExit as end:
+    assert end.code == 0
+"""
+NO_TORCH = ["planning/", "recipe/", "runs/", "errors.py", "units.py"]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def foreign_imports(package: Path) -> list[str]:
+    """`file imports library` wherever a file is none of the library's owners."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        for module in imports(path):
+            for library, owners in OWNERS.items():
+                if f"{module}.".startswith(f"{library}.") and not name.startswith(tuple(owners)):
+                    found.append(f"{name} imports {module}")
+            if module.split(".")[0] == "torch" and name.startswith(tuple(NO_TORCH)):
+                found.append(f"{name} imports {module}")
+    return found
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("lint-imports")
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run([program, "--no-cache"], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "trainkit", tmp_path / "trainkit", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_imports_go_down_only(copy: Path) -> None:
+    checked = lint_imports(copy)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_an_upward_import_is_caught(copy: Path) -> None:
+    with (copy / "trainkit/planning/facts.py").open("a") as file:
+        file.write("\nfrom trainkit.cluster import capacity\n")
+    checked = lint_imports(copy)
+    assert checked.returncode != 0
+    assert "trainkit.planning.facts -> trainkit.cluster.capacity" in checked.stdout
+
+
+def test_each_outside_library_has_its_owners() -> None:
+    assert foreign_imports(ROOT / "trainkit") == []
+
+
+def test_a_foreign_import_is_caught(copy: Path) -> None:
+    with (copy / "trainkit/planning/facts.py").open("a") as file:
+        file.write("\ndef late():\n    import ray.train\n    from torch import nn\n")
+    assert foreign_imports(copy / "trainkit") == ["planning/facts.py imports ray.train", "planning/facts.py imports torch"]
+
+
+def loaded_after(code: str, *libraries: str) -> list[str]:
+    """Which of the libraries are in sys.modules after `code` ran in a process of its own."""
+    code += f"\nimport json, sys; print(json.dumps([name for name in {libraries!r} if name in sys.modules]))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_importing_trainkit_loads_nothing_heavy() -> None:
+    heavy = ("torch", "ray", "deepspeed", "transformers", "datasets", "pydantic")
+    assert loaded_after("import trainkit", *heavy) == []
+    assert loaded_after("import trainkit.cli, trainkit.planning.planner; trainkit.load_recipe", *heavy[:-1]) == []
+    assert loaded_after("import torch", "torch", "ray") == ["torch"], "the check can fail"
+
+
+def test_the_plan_loads_neither_ray_nor_deepspeed() -> None:
+    assert loaded_after(PLAN, "ray", "deepspeed") == []

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from trainkit.errors import DataError
+from trainkit.recipe.schema import Recipe
+from trainkit.training.model import build_model, load_config, model_facts, write_first_weights
+
+T5 = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
+BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+LLAMA = BERT | {"num_key_value_heads": 2}
+
+
+def whole(parameter: torch.nn.Parameter) -> Any:
+    return contextlib.nullcontext(True)
+
+
+def recipe_of(folder: Path, task: str, **model: Any) -> Recipe:
+    keys: dict[str, Any] = {"path": str(folder), "task": task, "weights": "random", "precision": "fp32"} | model
+    sections = {"batch": {"samples": 4}, "optimizer": {"lr": 1e-3}, "train": {"max_steps": 1, "seed": 7}}
+    return Recipe.model_validate({"name": "x", "model": keys, "data": {"path": "x"}, **sections})
+
+
+@pytest.fixture
+def t5(tmp_path: Path) -> Path:
+    transformers.T5Config(**T5, dropout_rate=0.0).save_pretrained(tmp_path / "t5")
+    return tmp_path / "t5"
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    transformers.BertModel(transformers.BertConfig(**BERT)).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_random_weights_are_the_same_bits_each_time_and_fill_the_model(t5: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(t5, "seq2seq")
+    first, again = write_first_weights(recipe, tmp_path / "a.safetensors"), write_first_weights(recipe, tmp_path / "b.safetensors")
+    assert first is not None and again is not None and first.read_bytes() == again.read_bytes()
+    torch.manual_seed(99)  # what a rank has drawn before does not matter
+    model = build_model(recipe, str(first), whole)
+    weights = load_file(first)
+    assert {name for name, _ in model.named_parameters()} == set(weights)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert model.training
+
+
+def test_a_missing_head_is_drawn_once_and_the_rest_stays_pretrained(bert: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(bert, "classification", weights="pretrained")
+    path = write_first_weights(recipe, tmp_path / "head.safetensors", ["no", "yes", "maybe"])
+    assert path is not None and set(load_file(path)) == {"classifier.weight", "classifier.bias"}
+    models = [build_model(recipe, str(path), whole, ["no", "yes", "maybe"]) for _ in range(2)]
+    assert torch.equal(models[0].classifier.weight, models[1].classifier.weight) and models[0].config.id2label[2] == "maybe"
+    stored = load_file(bert / "model.safetensors")
+    assert torch.equal(models[0].bert.embeddings.word_embeddings.weight, stored["embeddings.word_embeddings.weight"])
+
+
+def test_a_complete_checkpoint_needs_no_drawing(llama: Path, tmp_path: Path) -> None:
+    assert write_first_weights(recipe_of(llama, "causal", weights="pretrained"), tmp_path / "none.safetensors") is None
+
+
+def test_lora_draws_its_matrices_and_freezes_the_base(llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(llama, "causal", weights="pretrained", lora={"r": 2, "lora_alpha": 4})
+    path = write_first_weights(recipe, tmp_path / "lora.safetensors")
+    assert path is not None
+    model = build_model(recipe, str(path), whole)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == set(load_file(path)) and all("lora_" in name for name in trained)
+    facts = model_facts(recipe)
+    assert facts.num_trainable == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("kind, task", [("t5", "seq2seq"), ("bert", "classification"), ("llama", "causal")])
+def test_facts_from_the_meta_device_are_those_of_the_built_model(kind: str, task: str, request: pytest.FixtureRequest) -> None:
+    recipe = recipe_of(request.getfixturevalue(kind), task)
+    model, facts = build_model(recipe, None, whole), model_facts(recipe)
+    assert [(p.name, p.numel, p.trainable) for p in facts.parameters] == [(n, p.numel(), p.requires_grad) for n, p in model.named_parameters()]
+    assert facts.num_layers == (4 if kind == "t5" else 2) and facts.hidden_size == 16 and facts.vocab_size == 64
+
+
+def test_a_folder_without_a_model_and_a_task_without_a_head_are_named(bert: Path, t5: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no config of a transformers model"):
+        load_config(recipe_of(tmp_path, "causal"))
+    with pytest.raises(DataError, match="seq2seq.*bert"):
+        load_config(recipe_of(bert, "seq2seq"))
+    with pytest.raises(DataError, match="weights: random"):
+        write_first_weights(recipe_of(t5, "seq2seq", weights="pretrained"), tmp_path / "x")

@@ -1,0 +1,94 @@
+"""What the person who waits sees, read from a run folder: step, loss, tokens/s, ETA; control codes only in a terminal."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from trainkit.cluster.progress import LiveLine, PlainLines, View, Watch, counter, display
+from trainkit.runs.folder import RunFolder, StepLog
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path, "small")
+
+
+def test_before_the_first_step_it_shows_the_phase_and_how_long_it_takes(folder: RunFolder) -> None:
+    clock = Clock()
+    watch = Watch(folder, 10, clock)
+    assert watch.look().words() == ["starting the workers 0 s"]
+    folder.write_phase("building the engine")
+    watch.look()
+    clock.now += 12
+    assert watch.look().words() == ["building the engine 12 s"]
+
+
+def test_a_step_shows_step_loss_tokens_per_second_and_eta(folder: RunFolder) -> None:
+    watch, log = Watch(folder, 10), StepLog(folder)
+    folder.write_phase("training")
+    log.append({"step": 1, "loss": 2.5, "tokens": 1000, "seconds": 0.5})
+    assert watch.look().words() == ["step 1/10", "loss 2.5000", "2,000 tokens/s", "ETA 5 s"]
+    folder.write_phase("evaluating")
+    assert watch.look().words()[0] == "evaluating 0 s"
+
+
+def test_one_slow_step_moves_the_speed_little(folder: RunFolder) -> None:
+    watch, log = Watch(folder, 100), StepLog(folder)
+    for step in range(1, 50):
+        log.append({"step": step, "loss": 1.0, "tokens": 1000, "seconds": 1.0})
+    log.append({"step": 50, "loss": 1.0, "tokens": 1000, "seconds": 6.0})
+    view = watch.look()
+    assert view.tokens_per_second == pytest.approx(1000 / 1.5)
+    assert view.eta_seconds == pytest.approx(50 * 1.5)
+
+
+def test_a_loss_that_is_not_a_number_is_shown_as_such(folder: RunFolder) -> None:
+    watch, log = Watch(folder, 10), StepLog(folder)
+    log.append({"step": 1, "loss": float("nan"), "tokens": 10, "seconds": 1.0})
+    assert "loss nan" in watch.look().words()
+
+
+def test_a_log_file_gets_a_line_every_ten_seconds_and_the_last_one_without_control_codes() -> None:
+    out, clock = io.StringIO(), Clock()
+    with PlainLines(Console(file=out, width=40), clock) as lines:
+        for step in range(1, 25):
+            clock.now += 1
+            lines.show(View("training", 1.0, done=step, total=24, loss=1.0, tokens_per_second=5.0, eta_seconds=60.0))
+    printed = out.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in printed] == ["step 10/24", "step 20/24", "step 24/24"]
+    assert "\x1b" not in out.getvalue()
+    assert "ETA 1 min 00 s" in printed[0]
+
+
+def test_a_terminal_gets_one_line_however_narrow_it_is() -> None:
+    out = io.StringIO()
+    with LiveLine(Console(file=out, force_terminal=True, width=44), others_print=False) as line:
+        line.show(View("training", 1.0, done=3, total=1200, loss=1.25, tokens_per_second=1e6, eta_seconds=4000.0))
+        line.live.refresh()
+        drawn = out.getvalue()
+    assert "step 3/1,200" in drawn
+    assert "tokens/s" not in drawn and "\n" not in drawn, "the end of the words is cut off, not wrapped"
+
+
+def test_the_display_fits_where_the_output_goes() -> None:
+    assert isinstance(display(Console(file=io.StringIO(), force_terminal=True)), LiveLine)
+    assert isinstance(display(Console(file=io.StringIO())), PlainLines)
+
+
+def test_a_counter_shows_rows() -> None:
+    out = io.StringIO()
+    with PlainLines(Console(file=out)) as lines:
+        counter(lines, "tokenizing", "row")(1500, 3000)
+    assert out.getvalue().strip().endswith("row 1,500/3,000")

@@ -1,0 +1,112 @@
+"""The `trainkit` command: each verb reads its options and calls one function. Errors a user can cause become one readable message.
+
+Verbs import what they need when they run, so that `trainkit plan` loads neither ray nor deepspeed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from trainkit.errors import Interrupted, TrainkitError, UsageError
+from trainkit.units import parse_bytes
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune Hugging Face models on many workers: a recipe, Ray Train, DeepSpeed ZeRO.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")]
+Runs = Annotated[Path | None, typer.Option("--runs", metavar="DIR", help="Folder of the run folders; overrides run.storage_path.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006  # typer copies it
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run folder instead of <recipe's name>-<n>.")] = None,
+    runs: Runs = None,
+    address: Annotated[str | None, typer.Option("--address", metavar="RAY", help="Join this Ray cluster instead of starting one.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's and DeepSpeed's own output.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Plan, print the plan, train, evaluate and export."""
+    from trainkit.cluster import driver
+
+    driver.run(driver.Options(recipe, _with_runs(overrides, runs), name, address, verbose), Console(file=sys.stdout))
+
+
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    gpu_memory: Annotated[str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Plan for GPUs of this size: 80GiB.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the plan alone: batch, steps, memory. Starts nothing and tokenizes nothing."""
+    from trainkit.cluster.decision import decide
+    from trainkit.planning.show import plan_text
+
+    console = Console()
+    decision = decide(recipe, overrides, None if gpu_memory is None else _size(gpu_memory))
+    console.print(plan_text(decision.plan))
+    for unknown in decision.unknown:
+        console.print(f"unknown: {unknown}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the LoRA adapter of model/ into its base model.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make a plain model of a run's LoRA adapter."""
+    if not merge:
+        raise UsageError(f"{run}: model/ is exported when a run ends. Write --merge to merge its LoRA adapter into the base model")
+    from trainkit.inference.export import merge_adapter
+
+    Console().print(f"merged model {merge_adapter(run)}", highlight=False, soft_wrap=True)
+
+
+VERBS: dict[str, Callable[..., None]] = {"run": run, "plan": plan, "export": export}
+for _name, _verb in VERBS.items():
+    app.command(_name)(_verb)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command and leave with the exit code of the contract."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--verbose" not in arguments:
+        warnings.simplefilter("ignore")
+    try:
+        app(arguments, prog_name="trainkit")
+    except TrainkitError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        head = Text("") if isinstance(error, Interrupted) else Text("error: ", style="bold red")
+        Console(stderr=True).print(head + Text(error.message), soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _with_runs(overrides: list[str], runs: Path | None) -> list[str]:
+    return overrides if runs is None else [*overrides, f"run.storage_path={json.dumps(str(runs.absolute()))}"]
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"--gpu-memory: {error}") from None

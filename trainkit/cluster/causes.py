@@ -1,0 +1,102 @@
+"""Which failure was first, and how it is told.
+
+When one rank fails, the others fail after it: their connections break. What the user reads is the first cause. A rank that could still
+speak left its error in the run folder; one that was killed left nothing, and Ray alone knows of it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError
+from ray.train import ControllerError, WorkerGroupError
+
+from trainkit import errors
+from trainkit.errors import TrainingError, TrainkitError
+from trainkit.runs.folder import RunFolder, WorkerError
+
+_PEER_LOST = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "nccl remote", "socket closed")
+
+
+def first_cause(failure: BaseException, folder: RunFolder, world_size: int) -> TrainkitError:
+    """The error to show for what `fit` raised. Its kind, message and exit code are those of the rank that failed first."""
+    if isinstance(failure, TrainkitError):
+        return failure
+    left = folder.errors()
+    of_its_own = [error for error in left if not _lost_a_peer(error)]
+    if of_its_own:
+        return _told(of_its_own[0], folder)
+    dead = {rank: error for rank, error in _worker_failures(failure).items() if _process_died(error)}
+    if left or dead:
+        silent = sorted(dead) or sorted(set(range(world_size)) - {error.rank for error in left})
+        return _killed(silent, left, dead)
+    return _unknown(failure)
+
+
+def _worker_failures(failure: BaseException) -> dict[int, BaseException]:
+    return dict(failure.worker_failures) if isinstance(failure, WorkerGroupError) else {}
+
+
+def _process_died(error: BaseException) -> bool:
+    return any(isinstance(link, RayActorError) for link in _chain(error))
+
+
+def _lost_a_peer(error: WorkerError) -> bool:
+    return any(words in error.message.lower() for words in _PEER_LOST)
+
+
+def _told(error: WorkerError, folder: RunFolder) -> TrainkitError:
+    kind = getattr(errors, error.kind, None)
+    if isinstance(kind, type) and issubclass(kind, TrainkitError):
+        return kind(error.message, rank=error.rank, step=error.step) if kind is not errors.RecipeError else kind(error.message)
+    where = f"rank {error.rank} failed after step {error.step}" if error.step else f"rank {error.rank} failed before the first step"
+    return TrainingError(
+        f"{where}: {error.kind}: {error.message.strip()}\nThe whole traceback: {folder.traceback_path(error.rank)}",
+        rank=error.rank,
+        step=error.step,
+    )
+
+
+def _killed(silent: list[int], left: list[WorkerError], dead: dict[int, BaseException]) -> TrainingError:
+    """A process that ended without a word: killed by somebody, by the system for want of memory, or crashed in native code."""
+    who = f"rank {silent[0]}" if len(silent) == 1 else f"one of the ranks {', '.join(map(str, silent))}" if silent else "a rank"
+    step = max((error.step for error in left), default=None)
+    when = "" if step is None else f" after step {step}"
+    reason = f"\nRay says: {_ray_reason(next(iter(dead.values())))}" if dead else ""
+    return TrainingError(
+        f"the process of {who} ended{when} without an error of its own: killed by a signal, by the system for want of memory, "
+        f"or crashed in native code.{reason}",
+        rank=silent[0] if len(silent) == 1 else None,
+        step=step,
+    )
+
+
+def _ray_reason(error: BaseException) -> str:
+    """The line of Ray's report that tells how the process ended."""
+    text = " ".join(str(link) for link in _chain(error))
+    for line in text.splitlines():
+        if "exit detail" in line.lower() or "exit type" in line.lower() or "memory" in line.lower():
+            return line.strip()
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
+def _unknown(failure: BaseException) -> TrainkitError:
+    """Ray's own failures, and errors of a worker before it had a run folder to write to."""
+    for error in [*_worker_failures(failure).values(), failure]:
+        for link in _chain(error):
+            if isinstance(link, TrainkitError):
+                return link
+    if not isinstance(failure, WorkerGroupError | ControllerError | RayError):
+        raise failure
+    return TrainingError("".join(traceback.format_exception_only(failure)).strip())
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, outermost first."""
+    links: list[BaseException] = []
+    following: Any = error
+    while isinstance(following, BaseException) and following not in links:
+        links.append(following)
+        following = getattr(following, "cause", None) or following.__cause__ or getattr(following, "_base_exc", None)
+    return links

@@ -1,0 +1,56 @@
+"""Recipe to plan: gather the model's facts, the row count and the device, and let the planner decide. Loads neither ray nor deepspeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from trainkit.cluster.hardware import worker_device
+from trainkit.errors import DataError
+from trainkit.planning.facts import DataFacts
+from trainkit.planning.planner import Plan, make_plan
+from trainkit.recipe.reader import read_recipe
+from trainkit.recipe.schema import Recipe
+from trainkit.recipe.zero import read_zero
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The wish, the plan for it, and a sentence for each thing that could not be reached."""
+
+    recipe: Recipe
+    plan: Plan
+    unknown: tuple[str, ...] = ()
+
+
+def decide(path: str | Path, overrides: Sequence[str] = (), gpu_memory_bytes: int | None = None) -> Decision:
+    """Read a recipe and plan it. `gpu_memory_bytes` plans for GPUs that are elsewhere.
+
+    What is not here and not reached leaves its facts unknown. Raises RecipeError, and DataError for what is here and is wrong.
+    """
+    from trainkit.data.source import count_rows, hub_is_reached
+    from trainkit.training.model import model_facts
+
+    recipe = read_recipe(path, overrides)
+    zero = read_zero(recipe.zero, Path(path))
+    if not Path(recipe.model.path).exists():
+        hub_is_reached()  # probed once, so that nothing below waits for a hub that is not there
+    data_paths = recipe.data.path if isinstance(recipe.data.path, list) else [recipe.data.path]
+    model, no_model = _reached(lambda: model_facts(recipe), [recipe.model.path])
+    data, no_data = _reached(lambda: count_rows(recipe), data_paths)
+    hardware = worker_device(recipe.scaling.use_gpu, gpu_memory_bytes)
+    plan = make_plan(recipe, zero, model, data or DataFacts(None, None), hardware)
+    return Decision(recipe, plan, tuple(fault for fault in (no_model, no_data) if fault))
+
+
+def _reached(read: Callable[[], Read], paths: list[str]) -> tuple[Read | None, str | None]:
+    try:
+        return read(), None
+    except DataError as error:
+        if any(Path(path).exists() for path in paths):
+            raise
+        return None, error.message

@@ -1,0 +1,184 @@
+"""Plan to TorchTrainer: check that the workers fit the cluster, run them, bring back rank 0's outcome.
+
+`fit` runs in a thread of its own, because in the main thread it installs a SIGINT handler that aborts; the main thread watches the run
+folder and takes the signals. Ray retries nothing (max_failures=0): there is one owner of retries, and it is not Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from trainkit.cluster.capacity import check_capacity, worker_resources
+from trainkit.cluster.progress import Display, View, Watch
+from trainkit.cluster.session import end_processes, environment, environment_settings, ray_session
+from trainkit.cluster.signals import Signals
+from trainkit.errors import UsageError
+from trainkit.planning.planner import Plan
+from trainkit.recipe.schema import Recipe
+from trainkit.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from trainkit.data.tokens import Prepared
+
+_COLLECTIVE_SECONDS = 1800  # longer than the slowest export or build of an operator: a rank that failed is noticed by Ray, not by this
+_LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that a run needs once its rows are tokenized and its first weights are drawn."""
+
+    recipe: Recipe
+    plan: Plan
+    folder: RunFolder
+    prepared: Prepared
+    first_weights: Path | None
+    address: str | None  # of an existing cluster; None starts a local Ray
+    verbose: bool
+
+
+def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[], None]) -> dict[str, Any]:
+    """Run the workers to their end; returns rank 0's outcome. `stop` is called on the first signal while they train.
+
+    Raises CapacityError before anything starts, UsageError if no cluster answers at the address, and whatever `fit` raises.
+    """
+    settings = environment_settings(asked.recipe, local=asked.address is None)
+    with environment(settings), _quiet(asked):
+        if asked.address is None:
+            _build_operators(asked, display)
+        with ray_session(asked.address, settings, asked.verbose, signals) as nodes:
+            check_capacity(nodes, asked.recipe.scaling, asked.plan.world_size)
+            trainer = _trainer(asked)
+            with signals.softly(stop):
+                return _fit(trainer, asked, display)
+
+
+@contextlib.contextmanager
+def _quiet(asked: Launch) -> Iterator[None]:
+    """What Ray prints in this process goes to <run>/.ray/output.log; the display writes to the terminal that it was made with."""
+    if asked.verbose:
+        yield
+        return
+    with (asked.folder.ray / "output.log").open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        yield
+
+
+def _build_operators(asked: Launch, display: Display) -> None:
+    """Compile what DeepSpeed will load, before workers wait for it. Raises UsageError if the compiler fails."""
+    from trainkit.training import operators
+
+    names = operators.missing(operators.needed(asked.plan))
+    if not names:
+        return
+    log, began = asked.folder.ray / "operators.log", time.monotonic()
+    build = operators.start_build(names, log)
+    try:
+        with display:
+            while build.poll() is None:
+                display.show(View("compiling DeepSpeed's operators, once per machine,", time.monotonic() - began))
+                time.sleep(_LOOK_SECONDS)
+    finally:
+        if build.poll() is None:
+            end_processes([*psutil.Process(build.pid).children(recursive=True), psutil.Process(build.pid)], seconds=0)
+    if build.returncode != 0:
+        raise UsageError(
+            f"DeepSpeed's {', '.join(names)} cannot be compiled: g++ and the Python headers are needed. The compiler says: {log}"
+        )
+
+
+def _trainer(asked: Launch) -> Any:
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from trainkit.cluster.worker import run_worker
+
+    scaling = asked.recipe.scaling
+    return TorchTrainer(
+        _on_worker(run_worker),
+        train_loop_config={"job": _job(asked)},
+        scaling_config=ScalingConfig(
+            num_workers=asked.plan.world_size,
+            use_gpu=scaling.use_gpu,
+            resources_per_worker=worker_resources(scaling),
+            placement_strategy=scaling.placement_strategy,
+            accelerator_type=scaling.accelerator_type,
+            label_selector=scaling.label_selector,
+        ),
+        run_config=RunConfig(
+            name="attempt-1",
+            storage_path=str(asked.folder.ray),
+            failure_config=FailureConfig(max_failures=0),
+            logging_config=LoggingConfig(log_level="INFO" if asked.verbose else "ERROR"),
+        ),
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=_COLLECTIVE_SECONDS),
+    )
+
+
+def _on_worker(run_worker: Any) -> Any:
+    def train_loop(config: dict[str, Any]) -> Any:
+        return run_worker(config["job"])
+
+    return train_loop
+
+
+def _job(asked: Launch) -> Any:
+    from trainkit.cluster.worker import Job
+    from trainkit.data.distributor import make_distributor
+
+    feedings = _feedings(asked)
+    eval_rows = asked.plan.eval_rows or 0
+    return Job(
+        recipe=asked.recipe,
+        plan=asked.plan,
+        run_folder=str(asked.folder.path),
+        prepared=asked.prepared,
+        first_weights=None if asked.first_weights is None else str(asked.first_weights),
+        distributor=make_distributor(feedings),
+        eval_steps=-(-eval_rows // asked.plan.samples_per_step) if "eval" in feedings else 0,
+    )
+
+
+def _feedings(asked: Launch) -> dict[str, Any]:
+    from trainkit.data.batches import Budget
+    from trainkit.data.distributor import Feeding
+
+    plan, prepared = asked.plan, asked.prepared
+    budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
+    splits = {"train": (prepared.train, True), "eval": (prepared.eval, False)}
+    task, seed = asked.recipe.model.task, asked.recipe.train.seed
+    return {
+        split: Feeding(str(folder), task, seed, plan.samples_per_step, plan.world_size, budget, shuffle)
+        for split, (folder, shuffle) in splits.items()
+        if folder is not None
+    }
+
+
+def _fit(trainer: Any, asked: Launch, display: Display) -> dict[str, Any]:
+    ended = threading.Event()
+    result: list[Any] = []
+
+    def fit() -> None:
+        try:
+            result.append(trainer.fit().return_value)
+        except BaseException as error:
+            result.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=fit, name="fit", daemon=True).start()
+    watch = Watch(asked.folder, asked.plan.total_steps)
+    with display:
+        while not ended.wait(_LOOK_SECONDS):
+            display.show(watch.look())
+        display.show(watch.look())
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]

@@ -1,0 +1,163 @@
+"""What the person who waits sees: one live line in a terminal, plain lines in a pipe or a log file.
+
+The driver reads it from the run folder (steps.jsonl, the phase), so the display costs training nothing and works for any cluster that
+shares the folder.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+
+from trainkit.runs.folder import RunFolder, StepTail
+from trainkit.units import format_count, format_seconds
+
+TRAINING = "training"
+_SMOOTHING = 0.1  # weight of the newest step in tokens/s and ETA
+_PLAIN_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class View:
+    """One moment of a run, or of the work before it."""
+
+    what: str  # "tokenizing", "building the engine", "training", ...
+    seconds: float  # since this began
+    unit: str = "step"
+    done: int = 0
+    total: int = 0  # 0: nothing is counted yet
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+
+    def words(self) -> list[str]:
+        """The parts of the line, without the bar."""
+        words = [] if self.what == TRAINING and self.done else [f"{self.what} {format_seconds(int(self.seconds))}"]
+        if self.done:
+            words.append(f"{self.unit} {self.done:,}/{self.total:,}")
+        if self.loss is not None:
+            words.append(f"loss {self.loss:.4f}")
+        if self.tokens_per_second is not None:
+            words.append(f"{format_count(self.tokens_per_second)} tokens/s")
+        if self.eta_seconds is not None:
+            words.append(f"ETA {format_seconds(math.ceil(self.eta_seconds))}")
+        return words
+
+
+class Watch:
+    """Looks at a run folder and says where the run stands."""
+
+    def __init__(self, folder: RunFolder, total_steps: int, clock: Callable[[], float] = time.monotonic):
+        self.folder, self.total, self.clock = folder, total_steps, clock
+        self.tail = StepTail(folder)
+        self.phase, self.since = "", clock()
+        self.step, self.loss = 0, float("nan")
+        self.tokens = self.seconds = 0.0  # of a step, smoothed
+
+    def look(self) -> View:
+        for line in self.tail.new_steps():
+            self._take(line)
+        phase = self.folder.read_phase() or "starting the workers"
+        if phase != self.phase:
+            self.phase, self.since = phase, self.clock()
+        elapsed = self.clock() - self.since
+        if self.step == 0:
+            return View(phase, elapsed)
+        return View(
+            phase,
+            elapsed,
+            done=self.step,
+            total=self.total,
+            loss=self.loss,
+            tokens_per_second=self.tokens / max(self.seconds, 1e-9),
+            eta_seconds=(self.total - self.step) * self.seconds,
+        )
+
+    def _take(self, line: dict[str, float]) -> None:
+        weight = _SMOOTHING if self.step else 1.0
+        self.step, self.loss = int(line["step"]), line["loss"]
+        self.tokens += weight * (line["tokens"] - self.tokens)
+        self.seconds += weight * (line["seconds"] - self.seconds)
+
+
+class Display(Protocol):
+    def show(self, view: View) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exception: object) -> None: ...
+
+
+class LiveLine:
+    """One line that is drawn anew in place and disappears at the end."""
+
+    def __init__(self, console: Console, others_print: bool):
+        """others_print: what goes to stdout and stderr meanwhile stands above the line, instead of through it."""
+        self.live = Live(console=console, refresh_per_second=8, transient=True, redirect_stdout=others_print, redirect_stderr=others_print)
+
+    def show(self, view: View) -> None:
+        self.live.update(_line(view))
+
+    def __enter__(self) -> Self:
+        self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.live.stop()
+
+
+class PlainLines:
+    """A line every ten seconds and the last one, without control codes."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+        self.console, self.clock = console, clock
+        self.printed_at = clock()
+        self.waiting: View | None = None
+
+    def show(self, view: View) -> None:
+        self.waiting = view
+        if self.clock() - self.printed_at >= _PLAIN_SECONDS:
+            self._print()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._print()
+
+    def _print(self) -> None:
+        if self.waiting is not None:
+            self.console.print("  ".join(self.waiting.words()), highlight=False, markup=False, soft_wrap=True)
+        self.waiting, self.printed_at = None, self.clock()
+
+
+def display(console: Console, others_print: bool = True) -> Display:
+    """The kind that fits where the output goes."""
+    return LiveLine(console, others_print) if console.is_terminal else PlainLines(console)
+
+
+def counter(shown: Display, what: str, unit: str) -> Callable[[int, int], None]:
+    """A callable (done, total) that shows how far a piece of work is."""
+    began = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        shown.show(View(what, time.monotonic() - began, unit=unit, done=done, total=total))
+
+    return show
+
+
+def _line(view: View) -> Table:
+    """Spinner or bar, then the words; a narrow terminal loses the end of the words, never a second line."""
+    line = Table.grid(padding=(0, 1))
+    head = ProgressBar(total=view.total, completed=view.done, width=24) if view.done else Spinner("dots")
+    line.add_column(no_wrap=True)
+    line.add_column(no_wrap=True, overflow="ellipsis")
+    line.add_row(head, "  ".join(view.words()))
+    return line

@@ -1,0 +1,258 @@
+"""From wish to plan: batch arithmetic, steps, the DeepSpeed JSON and the bytes it takes. Everything later only follows the plan.
+
+The world size, micro-batches and accumulation are computed here and nowhere else. Facts that could not be read leave their numbers
+unknown: 0 for numbers that training counts with, None for the rest; such a plan can be printed and not run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from trainkit.data.batches import LENGTH_STEP
+from trainkit.errors import CapacityError, Fault, RecipeError
+from trainkit.planning.deepspeed_config import resolve
+from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
+from trainkit.planning.memory import BIASED_ATTENTION, CATEGORIES, Memory, activation_bytes_per_token, model_state_bytes
+from trainkit.recipe.schema import Recipe
+from trainkit.recipe.zero import SHIPPED, ZeroConfig, read_zero
+from trainkit.units import format_bytes
+
+CPU_TOKENS = 4096
+ACTIVATION_SHARE = 0.8  # of what the model states leave free: the rest is the allocator's, the kernels' and the communicator's
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a shipped ZeRO configuration takes per worker, and whether one micro-batch of one full row fits beside it."""
+
+    name: str
+    device: int
+    host: int
+    row: int  # activation bytes of one row of full length
+    fits: bool | None  # None: the device's memory is not known
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe_name: str
+    world_size: int
+    use_gpu: bool
+    zero_stage: int
+    offload_optimizer: bool
+    offload_param: bool
+    precision: str
+    samples_per_step: int
+    tokens_per_device: int | None  # budget of one micro-batch, padding included; None: samples_per_device rules, or unknown
+    samples_per_device: int | None
+    rows: int | None
+    eval_rows: int | None
+    steps_per_epoch: int | None
+    last_step_samples: int | None  # rows of an epoch's last step
+    total_steps: int  # 0: unknown
+    epochs: float | None
+    warmup_steps: int
+    eval_every: int  # optimizer steps; 0: never
+    save_every: int
+    micro_batches_per_step: int  # over all workers, with every row at its full length; 0: unknown
+    accumulation: int  # micro-batches of one worker
+    ds_config: dict[str, Any]
+    memory: Memory | None  # None: the model is not known
+    notes: tuple[str, ...] = ()
+    zero_name: str = "zero0"
+    device_name: str = "CPU"
+    device_memory: int | None = None
+    fits: tuple[Fit, ...] = ()  # of the shipped configurations, where the device's memory is known
+
+    def to_json(self) -> dict[str, Any]:
+        """For plan.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    rows: int | None
+    steps_per_epoch: int | None
+    last_step_samples: int | None
+    total_steps: int
+    epochs: float | None
+    warmup_steps: int
+
+
+def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: DataFacts, hardware: Hardware) -> Plan:
+    """Raises RecipeError for a precision that the model cannot take, CapacityError if the model states exceed the device's memory."""
+    _check_precision(recipe, model)
+    world_size = _world_size(recipe)
+    ds_config = resolve(recipe, zero, model, world_size, hardware)
+    memory = None if model is None else model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config)
+    fits = shipped_fits(recipe, model, hardware) if hardware.memory_bytes is not None else ()
+    _check_capacity(zero, memory, fits, world_size, hardware)
+    steps = _steps(recipe, data)
+    batch = _batch(recipe, model, memory, world_size, hardware)
+    return Plan(
+        recipe_name=recipe.name,
+        world_size=world_size,
+        use_gpu=recipe.scaling.use_gpu,
+        zero_stage=zero.stage,
+        offload_optimizer=zero.offload_optimizer,
+        offload_param=zero.offload_param,
+        precision=recipe.model.precision,
+        samples_per_step=recipe.batch.samples,
+        tokens_per_device=batch.tokens,
+        samples_per_device=recipe.batch.samples_per_device,
+        rows=steps.rows,
+        eval_rows=data.eval_rows,
+        steps_per_epoch=steps.steps_per_epoch,
+        last_step_samples=steps.last_step_samples,
+        total_steps=steps.total_steps,
+        epochs=steps.epochs,
+        warmup_steps=steps.warmup_steps,
+        eval_every=0 if recipe.data.eval is None else _every(recipe.train.eval_steps, steps),
+        save_every=_every(recipe.train.save_steps, steps),
+        micro_batches_per_step=batch.micro_batches,
+        accumulation=batch.micro_batches // world_size,
+        ds_config=ds_config,
+        memory=memory,
+        notes=_notes(recipe, zero, ds_config, batch, hardware),
+        zero_name=zero.name,
+        device_name=hardware.name,
+        device_memory=hardware.memory_bytes,
+        fits=fits,
+    )
+
+
+def row_tokens(recipe: Recipe) -> int:
+    """Padded tokens of a row at its full length."""
+    data = recipe.data
+    lengths = (data.max_source_length, data.max_target_length) if recipe.model.task == "seq2seq" else (data.max_length,)
+    return sum(-(-(length or DEFAULT_LENGTH) // LENGTH_STEP) * LENGTH_STEP for length in lengths)
+
+
+def micro_batches(samples: int, rows_per_micro_batch: int, world_size: int) -> int:
+    """k: the smallest multiple of the world size that holds the step's rows."""
+    return -(-samples // (rows_per_micro_batch * world_size)) * world_size
+
+
+def shipped_fits(recipe: Recipe, model: ModelFacts | None, hardware: Hardware) -> tuple[Fit, ...]:
+    """The shipped ZeRO configurations for this recipe's workers, precision and lengths."""
+    return () if model is None else tuple(_fit(recipe, read_zero(name), model, hardware) for name in SHIPPED)
+
+
+def _fit(recipe: Recipe, zero: ZeroConfig, model: ModelFacts, hardware: Hardware) -> Fit:
+    world_size, precision = _world_size(recipe), recipe.model.precision
+    memory = model_state_bytes(model, zero, world_size, precision, resolve(recipe, zero, model, world_size, hardware))
+    row = row_tokens(recipe) * _bytes_per_token(recipe, model)
+    room = None if hardware.memory_bytes is None else _room(hardware.memory_bytes, memory)
+    return Fit(zero.name, memory.device_total, memory.host_total, row, None if room is None else row <= room)
+
+
+def _world_size(recipe: Recipe) -> int:
+    workers = recipe.scaling.num_workers
+    assert isinstance(workers, int), "the reader lets whole numbers through"
+    return workers
+
+
+def _check_precision(recipe: Recipe, model: ModelFacts | None) -> None:
+    if recipe.model.precision == "fp16" and model is not None and model.model_type in BIASED_ATTENTION:
+        message = (
+            f"fp16 does not train {model.model_type}: the output of its wo layers passes 65,504, the largest fp16 number, and becomes inf, "
+            "then NaN. Write model.precision: bf16 (or fp32)"
+        )
+        raise RecipeError(faults=(Fault(recipe.name, None, "model.precision", message),))
+
+
+def _check_capacity(zero: ZeroConfig, memory: Memory | None, fits: tuple[Fit, ...], world_size: int, hardware: Hardware) -> None:
+    if memory is None or hardware.memory_bytes is None or memory.device_total <= hardware.memory_bytes:
+        return
+    parts = ", ".join(f"{category} {format_bytes(memory.device[category])}" for category in CATEGORIES)
+    fitting = [f"{fit.name} ({format_bytes(fit.device)} per GPU, {format_bytes(fit.host)} host)" for fit in fits if fit.fits]
+    way_out = f"Write zero: {' or '.join(fitting)}" if fitting else "No shipped ZeRO configuration fits: raise scaling.num_workers, or train with model.lora"
+    raise CapacityError(
+        f"{zero.name} on {world_size} worker{'s' if world_size > 1 else ''}: the model states take {format_bytes(memory.device_total)} per GPU "
+        f"({parts}; in the optimizer step {format_bytes(memory.device_at_step)}), and {hardware.name} has {format_bytes(hardware.memory_bytes)}. {way_out}",
+        device=dict(memory.device),
+        memory_bytes=hardware.memory_bytes,
+        fitting=tuple(fit.name for fit in fits if fit.fits),
+    )
+
+
+def _steps(recipe: Recipe, data: DataFacts) -> _Steps:
+    rows, samples, train = data.train_rows, recipe.batch.samples, recipe.train
+    per_epoch = -(-rows // samples) if rows else None
+    last = rows - (per_epoch - 1) * samples if rows and per_epoch else None
+    total = train.max_steps or (train.epochs or 0) * (per_epoch or 0)
+    epochs = total / per_epoch if per_epoch else None
+    warmup = recipe.optimizer.warmup_steps
+    return _Steps(rows, per_epoch, last, total, epochs, warmup if isinstance(warmup, int) else round(warmup * total))
+
+
+def _every(every: str | int | float, steps: _Steps) -> int:
+    """Optimizer steps between two evaluations or saves; 0 where that is unknown."""
+    if every == "epoch":
+        return steps.steps_per_epoch or 0
+    if isinstance(every, int):
+        return every
+    return max(1, round(float(every) * steps.total_steps)) if steps.total_steps else 0
+
+
+@dataclass(frozen=True)
+class _Batch:
+    tokens: int | None
+    micro_batches: int
+    notes: tuple[str, ...] = ()
+
+
+def _batch(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world_size: int, hardware: Hardware) -> _Batch:
+    samples, wish, cost = recipe.batch.samples, recipe.batch.tokens_per_device, row_tokens(recipe)
+    if recipe.batch.samples_per_device is not None:
+        return _Batch(None, micro_batches(samples, recipe.batch.samples_per_device, world_size))
+    if wish == "auto":
+        return _auto(recipe, model, memory, world_size, hardware)
+    batch = _Batch(wish, micro_batches(samples, max(1, wish // cost), world_size))
+    if wish < cost:
+        batch = replace(batch, notes=(f"a row of full length has {cost:,} tokens, more than tokens_per_device: it makes a micro-batch of its own",))
+    return batch
+
+
+def _auto(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world_size: int, hardware: Hardware) -> _Batch:
+    """One micro-batch per worker, split until its activations fit; a fixed budget on a CPU, which has no memory of its own to fill."""
+    samples, cost = recipe.batch.samples, row_tokens(recipe)
+    share = -(-samples // world_size)
+    if hardware.device == "cpu":
+        tokens = max(CPU_TOKENS, cost)
+        return _Batch(tokens, micro_batches(samples, tokens // cost, world_size))
+    if model is None or memory is None or hardware.memory_bytes is None:
+        unknown = "the model" if model is None else "the GPU's memory"
+        note = f"tokens_per_device: {unknown} is not known, so one micro-batch per worker is assumed; --gpu-memory 80GiB plans for a GPU"
+        return _Batch(share * cost, world_size, (note,))
+    per_token = _bytes_per_token(recipe, model)
+    room = _room(hardware.memory_bytes, memory)
+    k = micro_batches(samples, min(share, max(1, int(room // (per_token * cost)))), world_size)
+    tokens = -(-samples // k) * cost
+    note = f"tokens_per_device: {tokens:,} tokens × {format_bytes(per_token)} of activations at most, into {format_bytes(room)}"
+    if tokens * per_token > room:
+        note += ": one row alone may not fit; shorten max lengths or write model.gradient_checkpointing: true"
+    return _Batch(tokens, k, (note,))
+
+
+def _bytes_per_token(recipe: Recipe, model: ModelFacts) -> int:
+    return activation_bytes_per_token(model, recipe.model.precision, recipe.model.gradient_checkpointing, row_tokens(recipe))
+
+
+def _room(memory_bytes: int, memory: Memory) -> int:
+    """For activations; inside the optimizer step there are none, so only the bytes of the backward pass are taken off."""
+    return max(0, int(ACTIVATION_SHARE * (memory_bytes - sum(memory.device.values())))) if memory.device_total <= memory_bytes else 0
+
+
+def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _Batch, hardware: Hardware) -> tuple[str, ...]:
+    notes = list(batch.notes)
+    if recipe.batch.samples < _world_size(recipe):
+        notes.append(f"{recipe.batch.samples} samples a step for {_world_size(recipe)} workers: some train an empty micro-batch")
+    if zero.unused:
+        notes.append(f"not used from {zero.name}: {', '.join(zero.unused)}")
+    section = zero.json.get("zero_optimization", {})
+    pinned = [part for part in ("offload_optimizer", "offload_param") if (section.get(part) or {}).get("pin_memory") is True]
+    if hardware.device == "cpu" and pinned:
+        notes.append(f"pin_memory of {' and '.join(pinned)} is false on a CPU: memory is pinned for copies to a GPU")
+    return tuple(notes)

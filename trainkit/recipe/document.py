@@ -1,0 +1,129 @@
+"""A document as plain values in which every key path knows its file and line, so that each fault can say where it stands.
+
+The YAML reader (reader.py) and the ZeRO reader (zero.py) fill it; the checks read it. JSON is read here, because the json module keeps no lines.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainkit.errors import Fault
+
+KeyPath = tuple[str, ...]
+
+_TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+)')
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a key stands: a file (or `--set a.b=c`) and a line counted from 1."""
+
+    file: str
+    line: int | None = None
+
+
+@dataclass
+class Document:
+    """Values, the place of each key path, and what was wrong with the text itself (duplicate keys)."""
+
+    file: str
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    def place(self, path: KeyPath) -> Place:
+        """The place of a key, or of the nearest section around it when the key itself is absent."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return Place(self.file)
+
+    def fault(self, path: KeyPath, message: str) -> Fault:
+        place = self.place(path)
+        return Fault(place.file, place.line, ".".join(path), message)
+
+    def get(self, path: KeyPath) -> Any:
+        """The value at a key path, or None where the path leads nowhere."""
+        value: Any = self.values
+        for key in path:
+            if not isinstance(value, dict) or key not in value:
+                return None
+            value = value[key]
+        return value
+
+    def find(self, name: str) -> list[KeyPath]:
+        """All key paths that end in this name."""
+        return [path for path in self.places if path[-1] == name]
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word with the nearest spelling, or None when nothing is near."""
+    by_lower = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean x?)` or nothing."""
+    near = nearest(word, known)
+    return f" (did you mean {near}?)" if near else ""
+
+
+def shown(value: Any) -> str:
+    """A value as one would write it in the file, shortened."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_json(text: str, file: str) -> Document:
+    """JSON with lines and duplicate keys. A syntax error and a document that is no object are faults of the document."""
+    document = Document(file)
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        document.faults.append(Fault(file, error.lineno, "", f"not JSON: {error.msg} (column {error.colno})"))
+        return document
+    except RecursionError:
+        document.faults.append(Fault(file, None, "", "not readable: nested too deeply"))
+        return document
+    if not isinstance(values, dict):
+        document.faults.append(Fault(file, 1, "", f"expected an object in braces, given {shown(values)}"))
+        return document
+    document.values = values
+    _note_json_lines(text, document)
+    return document
+
+
+def _note_json_lines(text: str, document: Document) -> None:
+    """Walk over the tokens of valid JSON: a string that a colon follows is a key."""
+    tokens = [(match[1], text.count("\n", 0, match.start(1)) + 1) for match in _TOKEN.finditer(text)]
+    stack: list[str | None] = []  # the key under which each open bracket stands; None inside lists and at the top
+    key: str | None = None
+    for (token, line), (following, _) in zip(tokens, [*tokens[1:], ("", 0)], strict=True):
+        if token in "{[":
+            stack.append(key)
+            key = None
+        elif token in "}]":
+            stack.pop()
+        elif following == ":":
+            key = json.loads(token)
+            note_key(document, (*(outer for outer in stack if outer is not None), str(key)), line)
+        elif token == ",":
+            key = None
+
+
+def note_key(document: Document, path: KeyPath, line: int) -> None:
+    """Remember where a key stands; a second one of the same name is a fault."""
+    if path in document.places:
+        message = f"stands twice (first on line {document.places[path].line}): keep one"
+        document.faults.append(Fault(document.file, line, ".".join(path), message))
+        return
+    document.places[path] = Place(document.file, line)

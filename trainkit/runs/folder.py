@@ -1,0 +1,267 @@
+"""The run folder: where it is made, what lies in it, who may write.
+
+    <runs>/<name>/
+      recipe.yaml  plan.json  environment.json     resolved, written before training starts
+      steps.jsonl                                  one object per optimizer step
+      summary.json                                 written at the end, also of a failed run
+      tensorboard/  checkpoints/  model/           written by training
+      .ray/                                        what driver and workers tell each other: phase, stop, errors/, locks
+
+It stands on the lowest floor, so it knows bytes and files and nothing of recipes or plans. A file is complete or not there: written
+beside its place, flushed to the disk, then moved.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from trainkit.errors import UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
+def check_name(name: str) -> str:
+    """A run's name as it is; raises UsageError for one that could leave the runs folder or hide in it."""
+    if _NAME.fullmatch(name) is None:
+        raise UsageError(f"run name {name!r}: write up to 128 letters, digits, '.', '_' or '-', and no '.' in front")
+    return name
+
+
+@dataclass(frozen=True)
+class WorkerError:
+    """What a rank left behind before it raised."""
+
+    time: float  # seconds since 1970: the earliest is the first cause
+    rank: int
+    step: int  # the last finished optimizer step
+    kind: str  # the class's name
+    message: str
+
+
+class RunFolder:
+    """One run's folder. Making the object touches nothing; `create` makes the folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.ray = self.path / ".ray"
+
+    @classmethod
+    def create(cls, storage_path: str | Path, stem: str, name: str | None = None) -> RunFolder:
+        """Make `<storage_path>/<stem>-<n>` with the next free n, or exactly `<storage_path>/<name>`.
+
+        Raises UsageError if that name exists, is no name, or the runs folder cannot be written.
+        """
+        storage = Path(storage_path).absolute()
+        check_name(stem if name is None else name)
+        try:
+            storage.mkdir(parents=True, exist_ok=True)
+            folder = cls(_make_numbered(storage, stem) if name is None else _make_named(storage, name))
+            (folder.ray / "errors").mkdir(parents=True)
+        except OSError as error:
+            raise _unwritable(storage, error) from None
+        return folder
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    # -- the resolved wish, decision and surroundings ------------------------------------------------------------------------------
+
+    def write_recipe(self, text: str) -> None:
+        self._write("recipe.yaml", text)
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        self._write("plan.json", _pretty(plan))
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        self._write("environment.json", _pretty(environment))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self._write("summary.json", _pretty(summary))
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """summary.json; None while the run has not ended."""
+        try:
+            return json.loads((self.path / "summary.json").read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+
+    # -- steps -----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def steps_path(self) -> Path:
+        return self.path / "steps.jsonl"
+
+    def read_steps(self) -> list[dict[str, Any]]:
+        """All complete lines of steps.jsonl; a line cut off by a killed process is left out."""
+        try:
+            text = self.steps_path.read_text("utf-8")
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    # -- what driver and workers tell each other -------------------------------------------------------------------------------------
+
+    def write_phase(self, text: str) -> None:
+        """What rank 0 is doing, one short line for the person who waits."""
+        write_whole(self.ray / "phase", text, durable=False)
+
+    def read_phase(self) -> str:
+        try:
+            return (self.ray / "phase").read_text("utf-8")
+        except FileNotFoundError:
+            return ""
+
+    def request_stop(self) -> None:
+        """Ask all ranks to end at the same optimizer step."""
+        (self.ray / "stop").touch()
+
+    def stop_requested(self) -> bool:
+        return (self.ray / "stop").exists()
+
+    def write_error(self, rank: int, step: int, error: BaseException, traceback: str) -> None:
+        """Leave a rank's error where the driver finds it, whatever becomes of the process."""
+        write_whole(self.traceback_path(rank), traceback)
+        left = WorkerError(time.time(), rank, step, type(error).__name__, getattr(error, "message", None) or str(error))
+        write_whole(self.ray / "errors" / f"rank-{rank}.json", _pretty(asdict(left)))
+
+    def traceback_path(self, rank: int) -> Path:
+        return self.ray / "errors" / f"rank-{rank}.txt"
+
+    def errors(self) -> list[WorkerError]:
+        """What the ranks left behind, the earliest first."""
+        found = [WorkerError(**json.loads(path.read_text("utf-8"))) for path in (self.ray / "errors").glob("rank-*.json")]
+        return sorted(found, key=lambda error: error.time)
+
+    def lock(self, owner: str, wait_seconds: float = 0.0) -> Lock:
+        """Hold this folder as `owner` ("driver", "rank-0"), who are two locks: both are free when a run has really ended.
+
+        The lock goes with the process, however it ends. Raises UsageError if somebody else holds it after `wait_seconds`.
+        """
+        return Lock(self.ray / f"lock-{owner}", wait_seconds)
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            write_whole(self.path / name, text)
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
+
+
+class StepLog:
+    """steps.jsonl, written by rank 0 alone: one object per optimizer step, handed to the system line by line."""
+
+    def __init__(self, folder: RunFolder):
+        self.file: IO[str] = folder.steps_path.open("a", encoding="utf-8", buffering=1)
+
+    def append(self, step: Mapping[str, Any]) -> None:
+        """NaN and infinities are written as Python's json writes them."""
+        self.file.write(json.dumps(step) + "\n")
+
+    def close(self) -> None:
+        if not self.file.closed:
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+
+class StepTail:
+    """Reads what was appended to steps.jsonl since the last look."""
+
+    def __init__(self, folder: RunFolder):
+        self.path, self.position = folder.steps_path, 0
+
+    def new_steps(self) -> Iterator[dict[str, Any]]:
+        """Complete new lines. One that is still being written waits for the next look."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.position)
+                text = file.read()
+        except FileNotFoundError:
+            return
+        whole = text[: text.rfind(b"\n") + 1]
+        self.position += len(whole)
+        for line in whole.splitlines():
+            yield json.loads(line)
+
+
+class Lock:
+    """An exclusive flock, held from its making to `release` or the end of the process."""
+
+    def __init__(self, path: Path, wait_seconds: float = 0.0):
+        self.file = path.open("a")
+        deadline = time.monotonic() + wait_seconds
+        while not self._taken():
+            if time.monotonic() >= deadline:
+                self.file.close()
+                raise UsageError(
+                    f"{path.parents[1]}: another process works on this run ({path.name}). Wait for it, or give this one another --name"
+                )
+            time.sleep(0.1)
+
+    def release(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def _taken(self) -> bool:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def write_whole(path: Path, text: str, durable: bool = True) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part; `durable` waits for the disk."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _make_numbered(storage: Path, stem: str) -> Path:
+    taken = [int(match[1]) for path in storage.iterdir() if (match := re.fullmatch(re.escape(stem) + r"-(\d+)", path.name))]
+    number = max(taken, default=0) + 1
+    while True:
+        path = storage / f"{stem}-{number}"
+        try:
+            path.mkdir()
+        except FileExistsError:  # another command was faster
+            number += 1
+        else:
+            return path
+
+
+def _make_named(storage: Path, name: str) -> Path:
+    path = storage / name
+    try:
+        path.mkdir()
+    except FileExistsError:
+        raise UsageError(f"{path}: this run exists. Choose another --name, or leave --name away for the next free number") from None
+    return path
+
+
+def _pretty(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, indent=2) + "\n"
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    reason = error.strerror or str(error)
+    return UsageError(f"{path}: the run folder cannot be written: {reason}. Make room or choose another folder with --runs")
