@@ -26,7 +26,9 @@ def recipe(**changes: dict[str, Any]) -> Recipe:
         "train": {"epochs": 1},
         "scaling": {"num_workers": 3},
     }
-    return Recipe.model_validate({key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value for key, value in values.items()})
+    return Recipe.model_validate(
+        {key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value for key, value in values.items()}
+    )
 
 
 def faults(zero: Any, where: Path | None = None) -> str:

@@ -48,7 +48,7 @@ class View:
             words.append(f"loss {self.loss:.4f}")
         if self.tokens_per_second is not None:
             words.append(f"{format_count(self.tokens_per_second)} tokens/s")
-        if self.eta_seconds is not None:
+        if self.eta_seconds is not None and self.done < self.total:
             words.append(f"ETA {format_seconds(math.ceil(self.eta_seconds))}")
         return words
 

@@ -1,9 +1,11 @@
 """Metrics as pure functions of predictions and references, as shares between 0 and 1.
 
 exact_match   the predicted text equals the reference, both stripped
-rouge         ROUGE-1, -2 and -L F-measures of Lin (2004), over lower-case runs of letters and digits, without stemming
+rouge         ROUGE-1, -2 and -L F-measures of Lin (2004), over lower-case runs of letters and digits, without stemming: as the
+              rouge_score library for ASCII; letters of other alphabets count as letters here
 accuracy      the predicted class is the label
-f1            of class 1 when there are two classes, else the mean over the classes (macro)
+f1            of class 1 when there are two classes, else the mean over the classes that occur (macro); 0 for a class never met
+              by the other side, as in scikit-learn
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def accuracy(predicted: Sequence[int], expected: Sequence[int], num_classes: int
 
 def f1(predicted: Sequence[int], expected: Sequence[int], num_classes: int) -> dict[str, float]:
     got, wanted = np.asarray(predicted), np.asarray(expected)
-    classes = [1] if num_classes == 2 else range(num_classes)
+    classes = [1] if num_classes == 2 else np.union1d(got, wanted).tolist()
     scores = [_f1(int(((got == c) & (wanted == c)).sum()), int((got == c).sum()), int((wanted == c).sum())) for c in classes]
     return {"f1": _mean(scores)}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trainkit.data.batches import LENGTH_STEP
 from trainkit.errors import CapacityError, Fault, RecipeError
 from trainkit.planning.deepspeed_config import resolve
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
@@ -19,6 +18,7 @@ from trainkit.recipe.zero import SHIPPED, ZeroConfig, read_zero
 from trainkit.units import format_bytes
 
 CPU_TOKENS = 4096
+LENGTH_STEP = 8  # padded lengths are multiples of it, as in data/batches.py, which stands above this room
 ACTIVATION_SHARE = 0.8  # of what the model states leave free: the rest is the allocator's, the kernels' and the communicator's
 DEFAULT_LENGTH = 512
 

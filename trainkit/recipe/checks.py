@@ -1,4 +1,4 @@
-"""The checks of a recipe: one key at a time against the schema, then the keys that must fit each other.
+"""The checks of a recipe: one key at a time against the schema, then (combinations.py) the keys that must fit each other.
 
 A key whose value has the wrong type is left out of the combinations, so that every other combination is still reported in the same error.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -15,13 +15,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from trainkit.errors import Fault
+from trainkit.recipe.combinations import MISSING, combination_faults
 from trainkit.recipe.document import Document, KeyPath, did_you_mean, nearest, shown
 from trainkit.recipe.habits import answered_keys, habit_answer
 from trainkit.recipe.schema import Recipe
-
-METRICS = {"exact_match": ("seq2seq", "causal"), "rouge": ("seq2seq", "causal"), "accuracy": ("classification",), "f1": ("classification",)}
-ROUGE = ("rouge1", "rouge2", "rougeL")
-MISSING: Any = object()
 
 
 class View:
@@ -68,8 +65,7 @@ def check_recipe(document: Document) -> tuple[Recipe | None, View]:
         if path not in view.broken and path[0] != "zero":
             view.broken.add(path)
             view.fault(".".join(path), "must be a finite number")
-    for check in (_name, _length, _batch, _limits, _columns, _not_yet, _metrics, _best):
-        check(view)
+    combination_faults(view)
     return recipe, view
 
 
@@ -200,111 +196,3 @@ def _not_finite(value: Any, path: KeyPath) -> Iterator[KeyPath]:
 
 def _lower(sentence: str) -> str:
     return sentence[0].lower() + sentence[1:].rstrip(".")
-
-
-def _name(view: View) -> None:
-    name = view.value("name")
-    if name is not MISSING and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
-        view.fault("name", f"{shown(name)} cannot name a run folder: letters, digits, '.', '_' and '-', not starting with '.'")
-
-
-def _length(view: View) -> None:
-    if (
-        not view.given("train.epochs")
-        and not view.given("train.max_steps")
-        and not answered_keys(view.document) & {"train.epochs", "train.max_steps"}
-    ):
-        view.fault("train", "how long? write train.epochs: 3 (passes over the rows) or train.max_steps: 1000 (optimizer steps)")
-
-
-def _batch(view: View) -> None:
-    if isinstance(view.value("batch.tokens_per_device"), int) and view.given("batch.samples_per_device"):
-        view.fault("batch.tokens_per_device", "stands together with batch.samples_per_device: one of them sizes the micro-batch, keep one")
-
-
-def _limits(view: View) -> None:
-    task = view.value("model.task")
-    for key, tasks, instead in (
-        ("data.max_source_length", ("seq2seq",), "data.max_length"),
-        ("data.max_target_length", ("seq2seq",), "data.max_length"),
-        ("data.max_length", ("causal", "classification"), "data.max_source_length and data.max_target_length"),
-    ):
-        if task is not MISSING and view.given(key) and task not in tasks:
-            view.fault(key, f"only for {' and '.join(tasks)}; model.task is {task}: write {instead}")
-
-
-def _columns(view: View) -> None:
-    task = view.value("model.task")
-    source, target, messages = (view.given(f"data.{name}") for name in ("source", "target", "messages"))
-    if messages and (source or target):
-        view.fault("data.messages", "stands together with source or target: a row is a dialogue or a pair, keep one form")
-    if task is not MISSING and messages and task != "causal":
-        view.fault("data.messages", f"only for causal; model.task is {task}: write source and target")
-    if task is not MISSING and not messages:
-        _pair(view, task, source, target)
-    written = view.value("data.source")
-    if isinstance(written, list) and len(written) != 2:
-        view.fault("data.source", f"a list is a sentence pair and has exactly two templates, given {len(written)}")
-    if isinstance(written, list) and task in ("seq2seq", "causal"):
-        view.fault("data.source", f"a list of two is a sentence pair and only for classification; model.task is {task}: write one template")
-
-
-def _pair(view: View, task: str, source: bool, target: bool) -> None:
-    if task == "classification" and not (source and target):
-        absent = " and ".join(name for name, there in (("data.source", source), ("data.target", target)) if not there)
-        view.fault("data", f"classification needs source (the text) and target (the label column); missing: {absent}")
-    elif task == "seq2seq" and source != target:
-        view.fault("data", f"seq2seq needs source and target together; missing: data.{'target' if source else 'source'}")
-    elif task == "causal" and source and not target:
-        view.fault("data.source", "causal needs target beside source (loss on it alone); for plain text write data.target alone")
-
-
-def _not_yet(view: View) -> None:
-    if view.value("data.packing") is True:
-        view.fault("data.packing", "is not available yet: write false; micro-batches by token budget already keep padding low")
-    if isinstance(view.value("scaling.num_workers"), list):
-        view.fault("scaling.num_workers", "a list (elastic) is not available yet: write one number of workers")
-    if view.value("model.precision") == "fp16" and view.value("scaling.use_gpu") is False:
-        view.fault("model.precision", "no fp16 training on a CPU (scaling.use_gpu: false): write bf16 or fp32")
-
-
-def _metrics(view: View) -> None:
-    metrics, task = view.value("train.metrics"), view.value("model.task")
-    if metrics is MISSING or not metrics:
-        return
-    for metric in metrics:
-        if metric not in METRICS:
-            view.fault("train.metrics", f"unknown metric {metric}{did_you_mean(metric, METRICS) or '; known: ' + ', '.join(METRICS)}")
-        elif task is not MISSING and task not in METRICS[metric]:
-            fitting = ", ".join(name for name, tasks in METRICS.items() if task in tasks)
-            view.fault("train.metrics", f"{metric} is for {' and '.join(METRICS[metric])}; model.task is {task}, which has {fitting}")
-    if len(set(metrics)) < len(metrics):
-        view.fault("train.metrics", "names a metric twice: keep one")
-    if not view.given("data.eval"):
-        view.fault("train.metrics", "need rows to evaluate on: write data.eval (a split, a file or a held-out fraction such as 0.02)")
-
-
-def _best(view: View) -> None:
-    best, metrics = view.value("train.metric_for_best_model"), view.value("train.metrics")
-    listed = [name for metric in (metrics if isinstance(metrics, list) else []) for name in (ROUGE if metric == "rouge" else (metric,))]
-    if isinstance(best, str):
-        if metrics is not MISSING and best not in ("loss", *listed):
-            near = (
-                did_you_mean(best, ("loss", *listed)) or "; add it to train.metrics"
-                if best in METRICS or best in ROUGE
-                else did_you_mean(best, ("loss", *listed))
-            )
-            view.fault("train.metric_for_best_model", f"{best} is not measured: write {' or '.join(('loss', *listed))}{near}")
-        if not view.given("data.eval"):
-            view.fault("train.metric_for_best_model", "needs rows to evaluate on: write data.eval")
-    needing: list[tuple[str, Callable[[Any], bool]]] = [
-        ("load_best_model_at_end", lambda value: value is True),
-        ("early_stopping_patience", lambda value: value is not MISSING and value is not None),
-    ]
-    for name, asked in needing:
-        key = f"train.{name}"
-        if asked(view.value(key)):
-            if not view.given("train.metric_for_best_model"):
-                view.fault(key, "needs train.metric_for_best_model: loss, or one of train.metrics, decides which evaluation is the best")
-            if not view.given("data.eval"):
-                view.fault(key, "needs rows to evaluate on: write data.eval")

@@ -108,7 +108,8 @@ def _batch(literals: _Literals) -> None:
         )
     elif samples != accumulation * micro * workers:
         made = f"{shown(accumulation)} accumulation × {shown(micro)} rows × {workers} workers"
-        message = f'contradicts the recipe, whose batch.samples is {samples}: write batch.samples: {int(accumulation * micro * workers)} there ({made}), or "auto" here'
+        write = f"write batch.samples: {int(accumulation * micro * workers)} there ({made})"
+        message = f'contradicts the recipe, whose batch.samples is {samples}: {write}, or "auto" here'
         literals.add(("gradient_accumulation_steps",), message)
 
 

@@ -1,6 +1,7 @@
 """A document as plain values in which every key path knows its file and line, so that each fault can say where it stands.
 
-The YAML reader (reader.py) and the ZeRO reader (zero.py) fill it; the checks read it. JSON is read here, because the json module keeps no lines.
+The YAML reader (reader.py) and the ZeRO reader (zero.py) fill it; the checks read it.
+JSON is read here, because the json module keeps no lines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keys that people bring from other tools, each with its own answer: the line of this recipe that says the same, or the reason why there is none.
+"""Keys that people bring from other tools, each with its own answer: the recipe line that says the same, or why there is none.
 
 transformers' TrainingArguments, accelerate, Axolotl and LLaMA-Factory are the usual homes. An answer never changes the recipe by itself.
 """
@@ -72,7 +72,7 @@ _SAME_VALUE = {
 }
 
 _REFUSED = {
-    "trust_remote_code": "refused: a recipe never runs code that comes with a model or a data set; use a model that transformers has built in, leave the key out",
+    "trust_remote_code": "refused: a recipe never runs code that comes with a model or a data set; leave it out and use a built-in model",
     "fsdp": "not available: parameters are sharded by DeepSpeed ZeRO; write zero: zero3",
     "load_in_8bit": "not available: weights are trained in model.precision; to train fewer of them write model.lora: {r: 8}",
     "load_in_4bit": "not available: weights are trained in model.precision; to train fewer of them write model.lora: {r: 8}",
@@ -96,8 +96,8 @@ _REFUSED = {
     "max_samples": 'write the slice into the split: data.train: "train[:1000]"',
     "template": "not needed: data.messages uses the tokenizer's own chat template; otherwise write data.source and data.target",
     "chat_template": "not needed: data.messages uses the tokenizer's own chat template",
-    "per_device_eval_batch_size": "not needed: evaluation uses the micro-batches that batch.tokens_per_device or batch.samples_per_device sizes; leave it out",
-    "eval_batch_size": "not needed: evaluation uses the micro-batches that batch.tokens_per_device or batch.samples_per_device sizes; leave it out",
+    "per_device_eval_batch_size": "not needed: batch.tokens_per_device sizes the micro-batches of evaluation too; leave it out",
+    "eval_batch_size": "not needed: batch.tokens_per_device sizes the micro-batches of evaluation too; leave it out",
 }
 
 

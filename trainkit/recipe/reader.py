@@ -1,6 +1,7 @@
 """From a recipe file to a Recipe: YAML with lines, `--set`, paths, and every fault in one error.
 
-YAML is composed, not loaded, so that each key keeps its line. Scalars are read as in YAML 1.2: 1e-4 is a number, and no, yes, on and off are text.
+YAML is composed, not loaded, so that each key keeps its line. Scalars are read as in YAML 1.2: 1e-4 is a number, and no, yes, on and
+off are text.
 The only module that knows the yaml library. What a recipe may say stands in schema.py, the checks in checks.py and habits.py.
 """
 

@@ -1,7 +1,7 @@
 """A ZeRO configuration: DeepSpeed's own JSON, read strictly, with `"auto"` left in for the plan.
 
-What a user's file says is applied as it stands. What the recipe owns (batch sizes, accumulation, clipping, precision, optimizer, schedule) may
-stand in the file as `"auto"` or as the recipe's own value; anything else is a contradiction, and its message shows the recipe line to write.
+What a user's file says is applied as it stands. What the recipe owns (batch sizes, accumulation, clipping, precision, optimizer,
+schedule) may stand in the file as `"auto"` or as the recipe's own value; anything else is a contradiction (contradictions.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ FOLDER = Path(__file__).parents[2] / "zero_configs"
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """A checked configuration. `json` is what the user wrote; `unused` names its sections that a run does not apply; `places` say where keys stand."""
+    """A checked configuration.
+
+    `json` is what the user wrote, `"auto"` left in. `unused` names its sections that a run does not apply. `places` says where keys stand.
+    """
 
     name: str
     stage: int

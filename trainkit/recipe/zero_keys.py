@@ -11,68 +11,166 @@ BOOL, INT, FLOAT, TEXT, LIST, ANY = "true or false", "a whole number", "a number
 Keys = dict[str, object]
 
 OFFLOAD_OPTIMIZER: Keys = {
-    "device": TEXT, "nvme_path": TEXT, "buffer_count": INT, "pin_memory": BOOL, "pipeline_read": BOOL, "pipeline_write": BOOL,
-    "fast_init": BOOL, "ratio": FLOAT, "super_offload": BOOL, "cpuadam_cores_perc": FLOAT,
-}  # fmt: skip
+    "device": TEXT,
+    "nvme_path": TEXT,
+    "buffer_count": INT,
+    "pin_memory": BOOL,
+    "pipeline_read": BOOL,
+    "pipeline_write": BOOL,
+    "fast_init": BOOL,
+    "ratio": FLOAT,
+    "super_offload": BOOL,
+    "cpuadam_cores_perc": FLOAT,
+}
 OFFLOAD_PARAM: Keys = {"device": TEXT, "nvme_path": TEXT, "buffer_count": INT, "buffer_size": INT, "max_in_cpu": INT, "pin_memory": BOOL}
 
 _STAGE3: Keys = {
-    "prefetch_bucket_size": INT, "param_persistence_threshold": INT, "model_persistence_threshold": INT, "max_live_parameters": INT,
-    "max_reuse_distance": INT, "gather_16bit_weights_on_model_save": BOOL, "module_granularity_threshold": INT,
-    "use_all_reduce_for_fetch_params": BOOL, "allgather_sequential": BOOL,
-}  # fmt: skip
+    "prefetch_bucket_size": INT,
+    "param_persistence_threshold": INT,
+    "model_persistence_threshold": INT,
+    "max_live_parameters": INT,
+    "max_reuse_distance": INT,
+    "gather_16bit_weights_on_model_save": BOOL,
+    "module_granularity_threshold": INT,
+    "use_all_reduce_for_fetch_params": BOOL,
+    "allgather_sequential": BOOL,
+}
 
 ZERO_OPTIMIZATION: Keys = {
-    "stage": INT, "contiguous_gradients": BOOL, "reduce_scatter": BOOL, "reduce_bucket_size": INT, "use_multi_rank_bucket_allreduce": BOOL,
-    "allgather_partitions": BOOL, "allgather_bucket_size": INT, "overlap_comm": BOOL, "compute_grad_norm": BOOL, "load_from_fp32_weights": BOOL,
-    "elastic_checkpoint": BOOL, "offload_param": OFFLOAD_PARAM, "offload_optimizer": OFFLOAD_OPTIMIZER, "zenflow": ANY, "sub_group_size": INT,
-    **_STAGE3, **{f"stage3_{key}": kind for key, kind in _STAGE3.items()}, "stage3_gather_fp16_weights_on_model_save": BOOL,
-    "ignore_unused_parameters": BOOL, "legacy_stage1": BOOL, "round_robin_gradients": BOOL, "parameter_alignment": BOOL,
-    "zero_hpz_partition_size": INT, "zero_quantized_weights": BOOL, "zero_quantized_nontrainable_weights": BOOL, "zero_quantized_gradients": BOOL,
-    "memory_efficient_linear": BOOL, "pipeline_loading_checkpoint": BOOL, "override_module_apply": BOOL, "log_trace_cache_warnings": BOOL,
-    "enable_sanity_checks": BOOL, "save_muon_momentum_buffer_in_memory": BOOL,
+    "stage": INT,
+    "contiguous_gradients": BOOL,
+    "reduce_scatter": BOOL,
+    "reduce_bucket_size": INT,
+    "use_multi_rank_bucket_allreduce": BOOL,
+    "allgather_partitions": BOOL,
+    "allgather_bucket_size": INT,
+    "overlap_comm": BOOL,
+    "compute_grad_norm": BOOL,
+    "load_from_fp32_weights": BOOL,
+    "elastic_checkpoint": BOOL,
+    "offload_param": OFFLOAD_PARAM,
+    "offload_optimizer": OFFLOAD_OPTIMIZER,
+    "zenflow": ANY,
+    "sub_group_size": INT,
+    **_STAGE3,
+    **{f"stage3_{key}": kind for key, kind in _STAGE3.items()},
+    "stage3_gather_fp16_weights_on_model_save": BOOL,
+    "ignore_unused_parameters": BOOL,
+    "legacy_stage1": BOOL,
+    "round_robin_gradients": BOOL,
+    "parameter_alignment": BOOL,
+    "zero_hpz_partition_size": INT,
+    "zero_quantized_weights": BOOL,
+    "zero_quantized_nontrainable_weights": BOOL,
+    "zero_quantized_gradients": BOOL,
+    "memory_efficient_linear": BOOL,
+    "pipeline_loading_checkpoint": BOOL,
+    "override_module_apply": BOOL,
+    "log_trace_cache_warnings": BOOL,
+    "enable_sanity_checks": BOOL,
+    "save_muon_momentum_buffer_in_memory": BOOL,
     "leaf_module": {"classes": LIST, "names": LIST, "name_suffixes": LIST},
-}  # fmt: skip
+}
 
 BF16: Keys = {
-    "enabled": BOOL, "immediate_grad_update": BOOL, "check_grad_overflow": BOOL, "bf16_master_weights_and_grads": BOOL, "bf16_optimizer_states": BOOL,
-}  # fmt: skip
+    "enabled": BOOL,
+    "immediate_grad_update": BOOL,
+    "check_grad_overflow": BOOL,
+    "bf16_master_weights_and_grads": BOOL,
+    "bf16_optimizer_states": BOOL,
+}
 FP16: Keys = {
-    "enabled": BOOL, "auto_cast": BOOL, "loss_scale": FLOAT, "initial_scale_power": INT, "loss_scale_window": INT, "hysteresis": INT,
-    "consecutive_hysteresis": BOOL, "min_loss_scale": FLOAT, "fp16_master_weights_and_grads": BOOL,
-}  # fmt: skip
+    "enabled": BOOL,
+    "auto_cast": BOOL,
+    "loss_scale": FLOAT,
+    "initial_scale_power": INT,
+    "loss_scale_window": INT,
+    "hysteresis": INT,
+    "consecutive_hysteresis": BOOL,
+    "min_loss_scale": FLOAT,
+    "fp16_master_weights_and_grads": BOOL,
+}
 OPTIMIZER: Keys = {
-    "type": TEXT, "legacy_fusion": BOOL,
+    "type": TEXT,
+    "legacy_fusion": BOOL,
     "params": {
-        "lr": FLOAT, "betas": LIST, "eps": FLOAT, "weight_decay": FLOAT, "torch_adam": BOOL, "adam_w_mode": BOOL, "fused": BOOL, "foreach": BOOL,
-        "bias_correction": BOOL, "amsgrad": BOOL, "max_grad_norm": FLOAT, "fp32_optimizer_states": BOOL,
+        "lr": FLOAT,
+        "betas": LIST,
+        "eps": FLOAT,
+        "weight_decay": FLOAT,
+        "torch_adam": BOOL,
+        "adam_w_mode": BOOL,
+        "fused": BOOL,
+        "foreach": BOOL,
+        "bias_correction": BOOL,
+        "amsgrad": BOOL,
+        "max_grad_norm": FLOAT,
+        "fp32_optimizer_states": BOOL,
     },
-}  # fmt: skip
+}
 SCHEDULER: Keys = {
     "type": TEXT,
     "params": {
-        "warmup_min_lr": FLOAT, "warmup_max_lr": FLOAT, "warmup_num_steps": INT, "warmup_type": TEXT, "total_num_steps": INT,
-        "warmup_min_ratio": FLOAT, "cos_min_ratio": FLOAT, "last_batch_iteration": INT,
+        "warmup_min_lr": FLOAT,
+        "warmup_max_lr": FLOAT,
+        "warmup_num_steps": INT,
+        "warmup_type": TEXT,
+        "total_num_steps": INT,
+        "warmup_min_ratio": FLOAT,
+        "cos_min_ratio": FLOAT,
+        "last_batch_iteration": INT,
     },
-}  # fmt: skip
+}
 CHECKPOINT: Keys = {
-    "tag_validation": TEXT, "load_universal": BOOL, "use_node_local_storage": BOOL, "parallel_write": ANY, "checkpoint_serialization": BOOL, "writer": ANY,
-}  # fmt: skip
+    "tag_validation": TEXT,
+    "load_universal": BOOL,
+    "use_node_local_storage": BOOL,
+    "parallel_write": ANY,
+    "checkpoint_serialization": BOOL,
+    "writer": ANY,
+}
 
 TOP_LEVEL: Keys = {
-    "train_batch_size": INT, "train_micro_batch_size_per_gpu": INT, "gradient_accumulation_steps": INT, "gradient_clipping": FLOAT,
-    "bf16": BF16, "fp16": FP16, "optimizer": OPTIMIZER, "scheduler": SCHEDULER, "zero_optimization": ZERO_OPTIMIZATION, "checkpoint": CHECKPOINT,
-    "zero_allow_untested_optimizer": BOOL, "zero_force_ds_cpu_optimizer": BOOL, "communication_data_type": TEXT,
-    "seq_parallel_communication_data_type": TEXT, "prescale_gradients": BOOL, "gradient_predivide_factor": FLOAT, "gradient_allreduce_op": TEXT,
-    "disable_allgather": BOOL, "disable_python_gc": BOOL, "data_types": ANY, "compile": ANY,
+    "train_batch_size": INT,
+    "train_micro_batch_size_per_gpu": INT,
+    "gradient_accumulation_steps": INT,
+    "gradient_clipping": FLOAT,
+    "bf16": BF16,
+    "fp16": FP16,
+    "optimizer": OPTIMIZER,
+    "scheduler": SCHEDULER,
+    "zero_optimization": ZERO_OPTIMIZATION,
+    "checkpoint": CHECKPOINT,
+    "zero_allow_untested_optimizer": BOOL,
+    "zero_force_ds_cpu_optimizer": BOOL,
+    "communication_data_type": TEXT,
+    "seq_parallel_communication_data_type": TEXT,
+    "prescale_gradients": BOOL,
+    "gradient_predivide_factor": FLOAT,
+    "gradient_allreduce_op": TEXT,
+    "disable_allgather": BOOL,
+    "disable_python_gc": BOOL,
+    "data_types": ANY,
+    "compile": ANY,
     "use_data_before_expert_parallelism": BOOL,
-}  # fmt: skip
+}
 
 #: Read by DeepSpeed for its own reports, input pipeline or modules, none of which takes part in a run here: named, not applied.
 UNUSED: dict[str, str] = dict.fromkeys(
     (
-        "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "tensorboard", "wandb", "csv_monitor", "comet",
-        "flops_profiler", "comms_logger", "timers", "log_level", "vocabulary_size",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comet",
+        "flops_profiler",
+        "comms_logger",
+        "timers",
+        "log_level",
+        "vocabulary_size",
     ),
     "every run writes steps.jsonl and TensorBoard itself",
 ) | {
@@ -80,12 +178,12 @@ UNUSED: dict[str, str] = dict.fromkeys(
     "aio": "only for NVMe",
     "activation_checkpointing": "the recipe has model.gradient_checkpointing",
     "dataloader_drop_last": "rows come from the DataDistributor, and the last, smaller step is kept",
-}  # fmt: skip
+}
 
 REMOVED: dict[str, str] = {
     "nebula": "DeepSpeed 0.19.8 has removed Nebula checkpoints: delete the section",
     "amp": "DeepSpeed 0.19.8 has removed Apex AMP: delete the section and write model.precision: bf16 or fp16 in the recipe",
-    "elasticity": "DeepSpeed 0.19.8 has removed elastic training: delete the section; batch.samples in the recipe holds for any number of workers",
+    "elasticity": "DeepSpeed 0.19.8 has removed elastic training: delete the section; batch.samples holds for any number of workers",
     "sparse_attention": "DeepSpeed 0.19.8 has removed sparse attention: delete the section",
     "sparse_gradients": "DeepSpeed 0.19.8 has removed sparse gradients: delete the key",
     "compression_training": "DeepSpeed 0.19.8 has removed compression: delete the section",

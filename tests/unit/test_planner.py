@@ -1,0 +1,227 @@
+"""The plan's arithmetic, the resolved DeepSpeed JSON, what is refused and what is printed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from test_memory import recipe_of, t5_large
+
+from trainkit.data import batches
+from trainkit.errors import CapacityError, RecipeError
+from trainkit.planning import planner
+from trainkit.planning.facts import DataFacts, Hardware, ModelFacts, Parameter
+from trainkit.planning.planner import Plan, make_plan
+from trainkit.planning.show import batch_equation, fits_table, plan_text, step_equation
+from trainkit.recipe.zero import SHIPPED, read_zero
+from trainkit.units import GIB
+
+CPU = Hardware("cpu", "CPU", None)
+WIKISQL = DataFacts(56_344, 8_421)
+
+
+def gpu(gib: float | None) -> Hardware:
+    return Hardware("cuda", "GPU", None if gib is None else int(gib * GIB))
+
+
+def plan_of(
+    zero: str | dict[str, Any] | None = None, hardware: Hardware = CPU, model: ModelFacts | None = None, data: DataFacts = WIKISQL, **sections: Any
+) -> Plan:
+    return make_plan(recipe_of(**sections), read_zero(zero), model or t5_large(), data, hardware)
+
+
+def printed(renderable: Any, width: int = 100) -> str:
+    console = Console(width=width, no_color=True)
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get()
+
+
+def test_the_reference_experiment() -> None:
+    plan = plan_of("zero3", gpu(139))
+    assert (plan.world_size, plan.micro_batches_per_step, plan.accumulation, plan.tokens_per_device) == (3, 3, 1, 32 * 192)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.last_step_samples, plan.epochs) == (587, 1761, 88, 3.0)
+    assert batch_equation(plan) == "96 samples a step = 3 workers × 1 micro-batch × at most 32 rows"
+    assert step_equation(plan) == "1,761 steps = 3 epochs × 587 steps; the last step of an epoch has 88 samples"
+
+
+@given(st.integers(1, 300), st.integers(1, 8), st.integers(1, 40))
+def test_rows_per_device(samples: int, workers: int, rows: int) -> None:
+    plan = plan_of(batch={"samples": samples, "samples_per_device": rows}, scaling={"num_workers": workers})
+    k = plan.micro_batches_per_step
+    assert k % workers == 0 and k * rows >= samples > (k - workers) * rows
+    assert plan.accumulation * workers == k and plan.tokens_per_device is None
+    assert k == len(batches.compose(np.full(samples, 96), np.full(samples, 96), workers, batches.Budget(rows=rows)))
+
+
+@given(st.integers(1, 120), st.integers(1, 6), st.integers(1, 4000), st.integers(0, 2**32 - 1))
+def test_a_token_budget_bounds_the_micro_batches(samples: int, workers: int, tokens: int, seed: int) -> None:
+    """At full lengths the plan's k is the composed one; for shorter rows it is never exceeded."""
+    plan = plan_of(batch={"samples": samples, "tokens_per_device": tokens}, scaling={"num_workers": workers})
+    budget, random = batches.Budget(tokens=tokens), np.random.default_rng(seed)
+    assert len(batches.compose(np.full(samples, 96), np.full(samples, 96), workers, budget)) == plan.micro_batches_per_step
+    shorter = random.integers(1, 97, samples), random.integers(1, 97, samples)
+    assert len(batches.compose(*shorter, workers, budget)) <= plan.micro_batches_per_step
+
+
+@given(st.integers(1, 10_000), st.integers(1, 500), st.integers(1, 5), st.none() | st.integers(1, 1000))
+def test_steps_add_up_to_the_rows(rows: int, samples: int, epochs: int, max_steps: int | None) -> None:
+    plan = plan_of(data=DataFacts(rows, None), batch={"samples": samples}, train={"epochs": epochs, "max_steps": max_steps})
+    assert plan.steps_per_epoch is not None and plan.last_step_samples is not None and plan.epochs is not None
+    assert (plan.steps_per_epoch - 1) * samples + plan.last_step_samples == rows and 1 <= plan.last_step_samples <= samples
+    assert plan.total_steps == (max_steps or epochs * plan.steps_per_epoch)
+    assert plan.epochs * plan.steps_per_epoch == pytest.approx(plan.total_steps)
+
+
+def test_padding_is_the_feeds() -> None:
+    assert planner.LENGTH_STEP == batches.LENGTH_STEP
+    assert planner.row_tokens(recipe_of(data={"max_source_length": 97, "max_target_length": None})) == 104 + 512
+    assert planner.row_tokens(recipe_of(model={"task": "causal"}, data={"max_length": 100})) == 104
+
+
+@pytest.mark.parametrize("warmup, steps", [(0, 0), (20, 20), (0.02, 35), (0.5, 880)])
+def test_warmup_is_steps_or_a_share(warmup: float, steps: int) -> None:
+    assert plan_of(optimizer={"warmup_steps": warmup}).warmup_steps == steps
+
+
+@pytest.mark.parametrize("every, steps", [("epoch", 587), (100, 100), (0.1, 176), (1e-6, 1)])
+def test_every_is_an_epoch_steps_or_a_share(every: Any, steps: int) -> None:
+    plan = plan_of(train={"eval_steps": every, "save_steps": every})
+    assert (plan.eval_every, plan.save_every) == (0, steps), "without data.eval nothing is evaluated"
+    with_eval = make_plan(recipe_of(train={"eval_steps": every}, data={"eval": "validation"}), read_zero(None), t5_large(), WIKISQL, CPU)
+    assert with_eval.eval_every == steps
+
+
+def test_unknown_facts_stay_unknown() -> None:
+    recipe = recipe_of(optimizer={"warmup_steps": 0.1})
+    plan = make_plan(recipe, read_zero("zero3"), None, DataFacts(None, None), gpu(80))
+    assert (plan.rows, plan.steps_per_epoch, plan.last_step_samples, plan.total_steps, plan.memory) == (None, None, None, 0, None)
+    shown = printed(plan_text(plan))
+    assert "unknown steps = unknown epochs" in shown and "memory unknown" in shown and "unknown rows" in shown
+    capped = make_plan(recipe_of(train={"max_steps": 50}), read_zero(None), t5_large(), DataFacts(None, None), CPU)
+    assert capped.total_steps == 50 and "50 steps" in step_equation(capped)
+
+
+def test_auto_on_a_cpu_is_never_below_a_row() -> None:
+    assert plan_of().tokens_per_device == 4096
+    assert plan_of().micro_batches_per_step == 6, "96 rows, 21 in 4,096 tokens: 5, the next multiple of 3"
+    long = make_plan(recipe_of(data={"max_source_length": 8000}), read_zero(None), t5_large(), WIKISQL, CPU)
+    assert long.tokens_per_device == 8096 and long.micro_batches_per_step == 96
+
+
+@given(st.floats(18, 200), st.integers(1, 1000))
+def test_auto_on_a_gpu_fits_or_is_one_row(gib: float, samples: int) -> None:
+    plan = plan_of("zero1", gpu(gib), batch={"samples": samples}, scaling={"num_workers": 2})
+    assert plan.memory is not None and plan.tokens_per_device is not None and plan.device_memory is not None
+    per_token = planner._bytes_per_token(recipe_of(), t5_large())
+    room = 0.8 * (plan.device_memory - sum(plan.memory.device.values()))
+    assert plan.tokens_per_device % 192 == 0
+    assert plan.tokens_per_device * per_token <= room or plan.tokens_per_device == 192
+    if plan.accumulation > 1:  # one micro-batch fewer would not fit
+        assert -(-samples // (plan.micro_batches_per_step - 2)) * 192 * per_token > room
+    assert plan.micro_batches_per_step * (plan.tokens_per_device // 192) >= samples
+
+
+def test_a_gpu_of_unknown_size_gets_one_micro_batch_and_a_note() -> None:
+    plan = plan_of("zero1", gpu(None))
+    assert plan.accumulation == 1 and "not known" in plan.notes[0] and plan.fits == ()
+
+
+def test_too_small_a_gpu_is_refused_with_the_way_out() -> None:
+    with pytest.raises(CapacityError) as refused:
+        plan_of("zero0", gpu(10))
+    message = refused.value.message
+    assert refused.value.exit_code == 3
+    assert "parameters 1.37 GiB" in message and "optimizer 8.24 GiB" in message and "10 GiB" in message
+    assert "zero3" in message and "zero0 (" not in message
+    assert plan_of(refused.value.facts["fitting"][0], gpu(10)).device_memory == 10 * GIB, "what it names does fit"
+    with pytest.raises(CapacityError, match="No shipped ZeRO configuration fits"):
+        plan_of("zero3_offload", gpu(0.5))
+
+
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5", "longt5"])
+def test_fp16_is_refused_for_t5(model_type: str) -> None:
+    facts = ModelFacts(model_type, (Parameter("w", 10, True),), 0, 8, 2, 10, "sdpa")
+    with pytest.raises(RecipeError, match="65,504") as refused:
+        plan_of("zero1", gpu(80), facts, model={"precision": "fp16"})
+    assert len(refused.value.faults) == 1 and refused.value.faults[0].key == "model.precision"
+
+
+def test_fp16_trains_others() -> None:
+    facts = ModelFacts("llama", (Parameter("w", 10**6, True),), 0, 8, 2, 10, "sdpa")
+    config = plan_of({"fp16": {"enabled": "auto", "loss_scale_window": 50}}, gpu(80), facts, model={"precision": "fp16"}).ds_config
+    assert config["fp16"] == {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 50, "hysteresis": 2, "min_loss_scale": 1}
+    assert "bf16" not in config
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("hardware", [CPU, gpu(139)])
+def test_the_resolved_config_leaves_nothing_open(name: str, hardware: Hardware) -> None:
+    config = plan_of(name, hardware).ds_config
+    assert "auto" not in json.dumps(config)
+    batch = [config[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    assert batch == [3, 1, 1] and config["gradient_clipping"] == 1.0
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": False} and "fp16" not in config
+    params = config["optimizer"]["params"]
+    assert ("torch_adam" in params) == (not name.endswith("offload"))
+    assert params.get("fused", False) == (not name.endswith("offload") and hardware.device == "cuda")
+    for part in ("offload_optimizer", "offload_param"):
+        if part in config["zero_optimization"]:
+            assert config["zero_optimization"][part]["pin_memory"] == (hardware.device == "cuda")
+
+
+def test_what_the_user_wrote_stands() -> None:
+    zero = {"stage": 3, "reduce_bucket_size": 5e8, "prefetch_bucket_size": 7, "stage3_max_live_parameters": "auto", "overlap_comm": "auto", "offload_param": None}
+    written = {"zero_optimization": zero, "train_batch_size": "auto", "steps_per_print": 10, "prescale_gradients": True}
+    plan = plan_of(written, gpu(139))
+    section = plan.ds_config["zero_optimization"]
+    assert section["reduce_bucket_size"] == 5e8 and section["prefetch_bucket_size"] == 7
+    assert "stage3_prefetch_bucket_size" not in section and "overlap_comm" not in section and "offload_param" not in section
+    assert section["stage3_max_live_parameters"] == t5_large().num_parameters
+    assert plan.ds_config["prescale_gradients"] is True
+    assert "steps_per_print" not in plan.ds_config and any("steps_per_print" in note for note in plan.notes)
+    assert plan.memory is not None and plan.memory.device["buckets"] >= 2 * 5e8
+
+
+def test_clipping_off_and_fp32_are_explicit() -> None:
+    config = plan_of("zero2", model={"precision": "fp32"}, optimizer={"max_grad_norm": 0.0}).ds_config
+    assert config["gradient_clipping"] == 0.0 and "bf16" not in config and "fp16" not in config
+
+
+def test_deepspeed_takes_the_names() -> None:
+    """Nested keys that DeepSpeed does not know raise there."""
+    config_of = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    for name in SHIPPED:
+        section = plan_of(name).ds_config["zero_optimization"]
+        assert int(config_of(**section).stage) == section["stage"]
+
+
+def test_the_plan_is_json() -> None:
+    written = json.loads(json.dumps(plan_of("zero3", gpu(139)).to_json()))
+    assert written["memory"]["device"]["parameters"] > 0 and written["ds_config"]["zero_optimization"]["stage"] == 3
+    assert {"recipe_name", "total_steps", "tokens_per_device", "notes", "warmup_steps"} <= set(written)
+
+
+def test_the_printed_plan_says_what_counts() -> None:
+    shown = printed(plan_text(plan_of("zero3", gpu(139))))
+    for said in ("96 samples a step = 3 workers", "1,761 steps", "optimizer", "what fits", "zero3_offload", "reduce_bucket_size", "139 GiB"):
+        assert said in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_the_table_of_what_fits_has_every_shipped_configuration() -> None:
+    lines = {line.split()[0]: line for line in printed(fits_table(recipe_of(), t5_large(), gpu(8))).splitlines()[1:]}
+    assert set(lines) == set(SHIPPED)
+    assert "does not fit" in lines["zero0"] and "not" not in lines["zero3_offload"]
+
+
+def test_planning_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, trainkit.planning.planner, trainkit.planning.show; print([m for m in ('torch', 'ray', 'deepspeed', 'datasets', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

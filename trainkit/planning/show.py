@@ -1,0 +1,130 @@
+"""The plan as text: the equations behind its numbers, the bytes, and what was decided for the user. Printed first, before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from trainkit.planning.facts import Hardware, ModelFacts
+from trainkit.planning.memory import CATEGORIES, Memory
+from trainkit.planning.planner import Fit, Plan, shipped_fits
+from trainkit.recipe.schema import Recipe
+from trainkit.units import format_bytes, format_count, gib
+
+UNKNOWN = "unknown"
+
+
+def plan_text(plan: Plan) -> RenderableType:
+    """For `console.print`; plain lines of at most about 100 characters in a pipe."""
+    parts: list[RenderableType] = [Text(f"plan {plan.recipe_name}", style="bold"), _facts(plan)]
+    parts.append(Text("memory unknown", style="yellow") if plan.memory is None else _memory(plan, plan.memory))
+    if plan.fits:
+        parts.append(_fits(plan.fits))
+    parts += [Text(f"note: {note}", style="yellow") for note in plan.notes]
+    return Group(*parts)
+
+
+def fits_table(recipe: Recipe, model: ModelFacts | None, hardware: Hardware) -> RenderableType:
+    """What each shipped ZeRO configuration takes on this recipe's workers, and whether it fits the hardware's memory."""
+    return _fits(shipped_fits(recipe, model, hardware))
+
+
+def batch_equation(plan: Plan) -> str:
+    """96 samples a step = 3 workers × 1 micro-batch × at most 32 rows"""
+    workers, samples = _count(plan.world_size, "worker"), _count(plan.samples_per_step, "sample")
+    if not plan.micro_batches_per_step:
+        return f"{samples} a step = {workers} × {UNKNOWN}"
+    rows = -(-plan.samples_per_step // plan.micro_batches_per_step)
+    return f"{samples} a step = {workers} × {_count(plan.accumulation, 'micro-batch', 'es')} × at most {_count(rows, 'row')}"
+
+
+def step_equation(plan: Plan) -> str:
+    """1,761 steps = 3 epochs × 587 steps; the last step of an epoch has 88 samples"""
+    if not plan.total_steps:
+        return f"{UNKNOWN} steps = {plan.epochs or UNKNOWN} epochs × {UNKNOWN} steps"
+    steps = _count(plan.total_steps, "step")
+    if plan.steps_per_epoch is None or plan.epochs is None:
+        return f"{steps}; the steps of an epoch are {UNKNOWN}"
+    epochs = f"{plan.epochs:g}" if plan.epochs == int(plan.epochs) else f"{plan.epochs:.3g}"
+    equation = f"{steps} = {epochs} epoch{'' if plan.epochs == 1 else 's'} × {_count(plan.steps_per_epoch, 'step')}"
+    if plan.last_step_samples not in (None, plan.samples_per_step):
+        equation += f"; the last step of an epoch has {_count(plan.last_step_samples or 0, 'sample')}"
+    return equation
+
+
+def _facts(plan: Plan) -> Table:
+    rows = {
+        "batch": batch_equation(plan),
+        "budget": _budget(plan),
+        "steps": step_equation(plan),
+        "schedule": _schedule(plan),
+        "data": f"{_number(plan.rows)} rows to train on, " + ("no evaluation" if not plan.eval_rows and not plan.eval_every else f"{_number(plan.eval_rows)} to evaluate"),
+        "device": _device(plan),
+        "ZeRO": _zero(plan),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(Text(f"  {name}", style="dim"), Text(value))
+    return table
+
+
+def _budget(plan: Plan) -> str:
+    if plan.samples_per_device is not None:
+        return f"{_count(plan.samples_per_device, 'row')} in a micro-batch at most"
+    return f"{_number(plan.tokens_per_device)} tokens in a micro-batch at most, padding included"
+
+
+def _schedule(plan: Plan) -> str:
+    evaluates = f"evaluation every {_count(plan.eval_every, 'step')}" if plan.eval_every else "no evaluation"
+    return f"{_count(plan.warmup_steps, 'warm-up step')}, {evaluates}"
+
+
+def _device(plan: Plan) -> str:
+    memory = "" if plan.device_memory is None else f" of {format_bytes(plan.device_memory)}"
+    return f"{plan.world_size} × {plan.device_name}{memory}, {plan.precision}"
+
+
+def _zero(plan: Plan) -> str:
+    offload = [name for name, on in (("optimizer", plan.offload_optimizer), ("parameters", plan.offload_param)) if on]
+    section: dict[str, Any] = plan.ds_config["zero_optimization"]
+    sizes = [f"{key} {format_count(value)}" for key, value in section.items() if isinstance(value, int | float) and not isinstance(value, bool) and key != "stage"]
+    text = f"{plan.zero_name}: stage {plan.zero_stage}" + (f", {' and '.join(offload)} on the host" if offload else "")
+    return "\n".join([text, *sizes])
+
+
+def _memory(plan: Plan, memory: Memory) -> Table:
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    table.add_column("  memory per worker, GiB", style="dim")
+    for name in ("device", "host"):
+        table.add_column(name, justify="right")
+    for category in CATEGORIES:
+        table.add_row(f"  {category}", _gib(memory.device.get(category, 0)), _gib(memory.host.get(category, 0)))
+    table.add_row("  in the optimizer step", _gib(memory.device_at_step), "")
+    table.add_row("  at most", _gib(memory.device_total), _gib(memory.host_total), style="bold")
+    return table
+
+
+def _fits(fits: tuple[Fit, ...]) -> Table:
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    table.add_column("  what fits, GiB per worker", style="dim")
+    for name in ("device", "host", "one row", ""):
+        table.add_column(name, justify="right")
+    for fit in fits:
+        verdict = UNKNOWN if fit.fits is None else "fits" if fit.fits else "does not fit"
+        table.add_row(f"  {fit.name}", _gib(fit.device), _gib(fit.host), _gib(fit.row), verdict)
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{gib(num_bytes):,.2f}"
+
+
+def _number(number: int | None) -> str:
+    return UNKNOWN if number is None else f"{number:,}"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
