@@ -26,7 +26,7 @@ make_venv() {
 }
 
 check_compiler() { # DeepSpeed compiles two small operators on first use
-    command -v g++ >/dev/null || fail "g++ is missing: DeepSpeed compiles its CPU operators on first use. On Debian and Ubuntu: apt install g++"
+    command -v "${CXX:-c++}" >/dev/null || fail "g++ is missing: DeepSpeed compiles its CPU operators on first use. On Debian and Ubuntu: apt install g++"
     local header
     header=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h
     [ -e "$header" ] || fail "$header is missing: DeepSpeed's operators need the Python headers. On Debian and Ubuntu: apt install python3-dev"

@@ -23,10 +23,13 @@ __all__ = ["Recipe", "load_recipe", "plan"]
 
 def plan(path: str | Path, overrides: Sequence[str] = (), gpu_memory: str | int | None = None) -> Plan:
     """The plan of a recipe file: batch, steps, memory. `gpu_memory` ("80GiB") plans for GPUs that are elsewhere."""
+    from pathlib import Path
+
     from trainkit.cluster.decision import decide
+    from trainkit.recipe.reader import read_recipe
     from trainkit.units import parse_bytes
 
-    return decide(path, overrides, None if gpu_memory is None else parse_bytes(gpu_memory)).plan
+    return decide(read_recipe(path, overrides), Path(path), None if gpu_memory is None else parse_bytes(gpu_memory)).plan
 
 
 def __getattr__(name: str) -> Any:

@@ -57,9 +57,11 @@ def plan(
     """Print the plan alone: batch, steps, memory. Starts nothing and tokenizes nothing."""
     from trainkit.cluster.decision import decide
     from trainkit.planning.show import plan_text
+    from trainkit.recipe.reader import read_recipe
 
     console = Console()
-    decision = decide(recipe, overrides, None if gpu_memory is None else _size(gpu_memory))
+    memory = None if gpu_memory is None else _size(gpu_memory)
+    decision = decide(read_recipe(recipe, overrides), recipe, memory)
     console.print(plan_text(decision.plan))
     for unknown in decision.unknown:
         console.print(f"unknown: {unknown}", style="yellow", highlight=False, markup=False, soft_wrap=True)

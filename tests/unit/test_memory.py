@@ -41,7 +41,8 @@ def recipe_of(**sections: dict[str, object]) -> Recipe:
 
 def states(name: str | dict[str, object], world_size: int, precision: str = "bf16", facts: ModelFacts | None = None) -> Memory:
     facts, zero = facts or t5_large(), read_zero(name)
-    return model_state_bytes(facts, zero, world_size, precision, resolve(recipe_of(model={"precision": precision}), zero, facts, world_size, GPU))
+    config = resolve(recipe_of(model={"precision": precision}), zero, facts, world_size, GPU)
+    return model_state_bytes(facts, zero, world_size, precision, config)
 
 
 def test_the_model_is_t5_large() -> None:
@@ -115,11 +116,12 @@ def test_frozen_parameters_carry_neither_gradients_nor_states() -> None:
     assert states("zero3", 2, facts=facts).device["parameters"] == 10**9 + 10**6 + 4096
 
 
-FACTS = st.lists(st.tuples(st.integers(1, 10**7), st.booleans()), min_size=1, max_size=20).map(
-    lambda entries: ModelFacts(
-        "llama", (*(Parameter(str(i), n, trained) for i, (n, trained) in enumerate(entries)), Parameter("head", 1000, True)), 7, 64, 4, 100, "sdpa"
-    )
-)
+def some_model(entries: list[tuple[int, bool]]) -> ModelFacts:
+    parameters = [Parameter(str(index), numel, trained) for index, (numel, trained) in enumerate([*entries, (1000, True)])]
+    return ModelFacts("llama", tuple(parameters), 7, 64, 4, 100, "sdpa")
+
+
+FACTS = st.lists(st.tuples(st.integers(1, 10**7), st.booleans()), min_size=1, max_size=20).map(some_model)
 
 
 @given(FACTS, st.integers(1, 64), st.sampled_from(["bf16", "fp16", "fp32"]), st.sampled_from(SHIPPED))

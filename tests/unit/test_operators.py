@@ -42,8 +42,8 @@ def test_a_lock_that_nobody_works_behind_is_removed(extensions: Path) -> None:
 
 
 def test_a_build_that_fails_says_why_in_its_log(extensions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "g++"
-    compiler.write_text("#!/bin/sh\necho 'Python.h: No such file or directory' >&2\nexit 1\n")
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\ncase $1 in -*) exec g++ \"$@\";; esac\necho 'Python.h: No such file or directory' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

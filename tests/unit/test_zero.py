@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from trainkit.errors import RecipeError
+from trainkit.recipe import zero_keys as keys
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import FOLDER, SHIPPED, contradictions, read_zero
@@ -213,3 +216,23 @@ def test_a_mapping_in_the_recipe_has_the_recipes_lines(tmp_path: Path) -> None:
         read_recipe(tmp_path / "r.yaml")
     (fault,) = caught.value.faults
     assert (fault.line, fault.key) == (7, "zero.gradient_clipping")
+
+
+@pytest.mark.parametrize(
+    "file, kind, known",
+    [
+        ("zero/config.py", "DeepSpeedZeroConfig", {**keys.ZERO_OPTIMIZATION, **keys.REMOVED_ZERO}),
+        ("zero/offload_config.py", "DeepSpeedZeroOffloadParamConfig", keys.OFFLOAD_PARAM),
+        ("zero/offload_config.py", "DeepSpeedZeroOffloadOptimizerConfig", keys.OFFLOAD_OPTIMIZER),
+        ("precision_config.py", "DeepSpeedBF16Config", keys.BF16),
+        ("precision_config.py", "DeepSpeedFP16Config", keys.FP16),
+    ],
+)
+def test_the_known_keys_are_those_of_the_installed_deepspeed(file: str, kind: str, known: dict[str, object]) -> None:
+    found = importlib.util.find_spec("deepspeed")  # read as text: importing it takes seconds
+    assert found is not None and found.submodule_search_locations is not None
+    source = (Path(found.submodule_search_locations[0]) / "runtime" / file).read_text()
+    (body,) = [node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == kind]
+    fields = {node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    assert fields and fields <= set(known)
+    assert {key.removeprefix("stage3_") for key in known} - set(keys.REMOVED_ZERO) <= {name.removeprefix("stage3_") for name in fields}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +11,6 @@ from trainkit.cluster.hardware import worker_device
 from trainkit.errors import DataError
 from trainkit.planning.facts import DataFacts
 from trainkit.planning.planner import Plan, make_plan
-from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import read_zero
 
@@ -27,16 +26,16 @@ class Decision:
     unknown: tuple[str, ...] = ()
 
 
-def decide(path: str | Path, overrides: Sequence[str] = (), gpu_memory_bytes: int | None = None) -> Decision:
-    """Read a recipe and plan it. `gpu_memory_bytes` plans for GPUs that are elsewhere.
+def decide(recipe: Recipe, path: Path, gpu_memory_bytes: int | None = None) -> Decision:
+    """Plan a recipe that was read from `path`. `gpu_memory_bytes` plans for GPUs that are elsewhere.
 
-    What is not here and not reached leaves its facts unknown. Raises RecipeError, and DataError for what is here and is wrong.
+    What is not here and not reached leaves its facts unknown. Raises DataError for what is here and is wrong, RecipeError for a ZeRO
+    configuration or precision that cannot be, CapacityError if the model states exceed the device.
     """
     from trainkit.data.source import count_rows, hub_is_reached
     from trainkit.training.model import model_facts
 
-    recipe = read_recipe(path, overrides)
-    zero = read_zero(recipe.zero, Path(path))
+    zero = read_zero(recipe.zero, path)
     if not Path(recipe.model.path).exists():
         hub_is_reached()  # probed once, so that nothing below waits for a hub that is not there
     data_paths = recipe.data.path if isinstance(recipe.data.path, list) else [recipe.data.path]

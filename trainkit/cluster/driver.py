@@ -25,9 +25,9 @@ from trainkit.cluster.summary import summarize
 from trainkit.errors import DataError, Interrupted, TrainkitError
 from trainkit.planning.planner import Plan
 from trainkit.planning.show import plan_text
-from trainkit.recipe.reader import recipe_to_yaml
+from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
-from trainkit.runs.folder import RunFolder
+from trainkit.runs.folder import RunFolder, check_storage
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,24 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     with Signals() as signals:
         try:
             address = cluster_address(options.address)
-            decision = _decide(options, address, console)
-            folder = RunFolder.create(decision.recipe.run.storage_path, decision.recipe.name, options.name)
+            recipe = read_recipe(options.recipe, options.overrides)
+            check_storage(recipe.run.storage_path, recipe.name, options.name)
+            decision = _decide(recipe, options.recipe, address, console)
+            folder = RunFolder.create(recipe.run.storage_path, recipe.name, options.name)
         except KeyboardInterrupt:
             raise Interrupted("interrupted before anything was started") from None
         with folder.lock("driver"):
-            return _recorded(_Run(address, options.verbose, decision.recipe, decision.plan, folder, console, signals), began)
+            return _recorded(_Run(address, options.verbose, recipe, decision.plan, folder, console, signals), began)
 
 
-def _decide(options: Options, address: str | None, console: Console) -> Decision:
+def _decide(recipe: Recipe, path: Path, address: str | None, console: Console) -> Decision:
     """Print the plan, and check that this machine has what the workers take. A run needs what a mere plan may leave unknown."""
-    decision = decide(options.recipe, options.overrides)
+    decision = decide(recipe, path)
     console.print(plan_text(decision.plan))
     if decision.unknown:
         raise DataError("\n".join(decision.unknown))
     if address is None:
-        check_capacity([hardware.local_resources()], decision.recipe.scaling, decision.plan.world_size)
+        check_capacity([hardware.local_resources()], recipe.scaling, decision.plan.world_size)
     return decision
 
 

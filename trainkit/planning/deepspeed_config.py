@@ -66,7 +66,11 @@ def _literals(section: Any) -> dict[str, Any]:
     """Without what is left to the plan ("auto") or to DeepSpeed (null), at any depth."""
     if not isinstance(section, dict):
         return {}
-    return {key: _literals(value) if isinstance(value, dict) else value for key, value in section.items() if value is not None and value != "auto"}
+    return {
+        key: _literals(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value is not None and value != "auto"
+    }
 
 
 def _precision(recipe: Recipe, zero: ZeroConfig) -> dict[str, Any]:

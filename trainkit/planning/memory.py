@@ -83,9 +83,7 @@ class _Case:
         return int(self.section.get(name, self.section.get(f"stage3_{name}", default)))
 
 
-def model_state_bytes(
-    facts: ModelFacts, zero: ZeroConfig, world_size: int, precision: str, ds_config: Mapping[str, Any]
-) -> Memory:
+def model_state_bytes(facts: ModelFacts, zero: ZeroConfig, world_size: int, precision: str, ds_config: Mapping[str, Any]) -> Memory:
     """What one rank holds. ds_config is resolved (planning/deepspeed_config.py): its zero_optimization gives the sizes."""
     width = PRECISION_BYTES[precision]
     accumulated = PRECISION_BYTES.get(ds_config.get("data_types", {}).get("grad_accum_dtype", precision), width)

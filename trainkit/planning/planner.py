@@ -6,7 +6,7 @@ unknown: 0 for numbers that training counts with, None for the rest; such a plan
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainkit.errors import CapacityError, Fault, RecipeError
@@ -167,10 +167,13 @@ def _check_capacity(zero: ZeroConfig, memory: Memory | None, fits: tuple[Fit, ..
         return
     parts = ", ".join(f"{category} {format_bytes(memory.device[category])}" for category in CATEGORIES)
     fitting = [f"{fit.name} ({format_bytes(fit.device)} per GPU, {format_bytes(fit.host)} host)" for fit in fits if fit.fits]
-    way_out = f"Write zero: {' or '.join(fitting)}" if fitting else "No shipped ZeRO configuration fits: raise scaling.num_workers, or train with model.lora"
+    way_out = "No shipped ZeRO configuration fits: raise scaling.num_workers, or train with model.lora"
+    if fitting:
+        way_out = f"Write zero: {' or '.join(fitting)}"
     raise CapacityError(
-        f"{zero.name} on {world_size} worker{'s' if world_size > 1 else ''}: the model states take {format_bytes(memory.device_total)} per GPU "
-        f"({parts}; in the optimizer step {format_bytes(memory.device_at_step)}), and {hardware.name} has {format_bytes(hardware.memory_bytes)}. {way_out}",
+        f"{zero.name} on {world_size} worker{'s' if world_size > 1 else ''}: the model states take {format_bytes(memory.device_total)} "
+        f"per GPU ({parts}; in the optimizer step {format_bytes(memory.device_at_step)}), "
+        f"and {hardware.name} has {format_bytes(hardware.memory_bytes)}. {way_out}",
         device=dict(memory.device),
         memory_bytes=hardware.memory_bytes,
         fitting=tuple(fit.name for fit in fits if fit.fits),
@@ -209,10 +212,11 @@ def _batch(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, worl
         return _Batch(None, micro_batches(samples, recipe.batch.samples_per_device, world_size))
     if wish == "auto":
         return _auto(recipe, model, memory, world_size, hardware)
-    batch = _Batch(wish, micro_batches(samples, max(1, wish // cost), world_size))
-    if wish < cost:
-        batch = replace(batch, notes=(f"a row of full length has {cost:,} tokens, more than tokens_per_device: it makes a micro-batch of its own",))
-    return batch
+    k = micro_batches(samples, max(1, wish // cost), world_size)
+    if wish >= cost:
+        return _Batch(wish, k)
+    note = f"a row of full length has {cost:,} tokens, more than tokens_per_device: it makes a micro-batch of its own"
+    return _Batch(wish, k, (note,))
 
 
 def _auto(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world_size: int, hardware: Hardware) -> _Batch:

@@ -1,4 +1,4 @@
-"""The plan as text: the equations behind its numbers, the bytes, and what was decided for the user. Printed first, before anything starts."""
+"""The plan as text: the equations behind its numbers, the bytes, and what was decided for the user. Printed before anything starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainkit.planning.facts import Hardware, ModelFacts
 from trainkit.planning.memory import CATEGORIES, Memory
 from trainkit.planning.planner import Fit, Plan, shipped_fits
 from trainkit.recipe.schema import Recipe
-from trainkit.units import format_bytes, format_count, gib
+from trainkit.units import format_bytes, format_count
 
 UNKNOWN = "unknown"
 
@@ -61,7 +61,7 @@ def _facts(plan: Plan) -> Table:
         "budget": _budget(plan),
         "steps": step_equation(plan),
         "schedule": _schedule(plan),
-        "data": f"{_number(plan.rows)} rows to train on, " + ("no evaluation" if not plan.eval_rows and not plan.eval_every else f"{_number(plan.eval_rows)} to evaluate"),
+        "data": f"{_number(plan.rows)} rows to train on" + (f", {plan.eval_rows:,} to evaluate" if plan.eval_rows else ""),
         "device": _device(plan),
         "ZeRO": _zero(plan),
     }
@@ -90,36 +90,33 @@ def _device(plan: Plan) -> str:
 def _zero(plan: Plan) -> str:
     offload = [name for name, on in (("optimizer", plan.offload_optimizer), ("parameters", plan.offload_param)) if on]
     section: dict[str, Any] = plan.ds_config["zero_optimization"]
-    sizes = [f"{key} {format_count(value)}" for key, value in section.items() if isinstance(value, int | float) and not isinstance(value, bool) and key != "stage"]
+    numbers = {key: value for key, value in section.items() if key != "stage" and type(value) in (int, float)}
+    sizes = [f"{key} {format_count(value)}" for key, value in numbers.items()]
     text = f"{plan.zero_name}: stage {plan.zero_stage}" + (f", {' and '.join(offload)} on the host" if offload else "")
     return "\n".join([text, *sizes])
 
 
 def _memory(plan: Plan, memory: Memory) -> Table:
     table = Table(box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("  memory per worker, GiB", style="dim")
+    table.add_column("  memory per worker", style="dim")
     for name in ("device", "host"):
         table.add_column(name, justify="right")
     for category in CATEGORIES:
-        table.add_row(f"  {category}", _gib(memory.device.get(category, 0)), _gib(memory.host.get(category, 0)))
-    table.add_row("  in the optimizer step", _gib(memory.device_at_step), "")
-    table.add_row("  at most", _gib(memory.device_total), _gib(memory.host_total), style="bold")
+        table.add_row(f"  {category}", format_bytes(memory.device.get(category, 0)), format_bytes(memory.host.get(category, 0)))
+    table.add_row("  in the optimizer step", format_bytes(memory.device_at_step), "")
+    table.add_row("  at most", format_bytes(memory.device_total), format_bytes(memory.host_total), style="bold")
     return table
 
 
 def _fits(fits: tuple[Fit, ...]) -> Table:
     table = Table(box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("  what fits, GiB per worker", style="dim")
+    table.add_column("  what fits, per worker", style="dim")
     for name in ("device", "host", "one row", ""):
         table.add_column(name, justify="right")
     for fit in fits:
         verdict = UNKNOWN if fit.fits is None else "fits" if fit.fits else "does not fit"
-        table.add_row(f"  {fit.name}", _gib(fit.device), _gib(fit.host), _gib(fit.row), verdict)
+        table.add_row(f"  {fit.name}", format_bytes(fit.device), format_bytes(fit.host), format_bytes(fit.row), verdict)
     return table
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{gib(num_bytes):,.2f}"
 
 
 def _number(number: int | None) -> str:

@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,6 +34,21 @@ def check_name(name: str) -> str:
     if _NAME.fullmatch(name) is None:
         raise UsageError(f"run name {name!r}: write up to 128 letters, digits, '.', '_' or '-', and no '.' in front")
     return name
+
+
+def check_storage(storage_path: str | Path, stem: str, name: str | None = None) -> Path:
+    """The runs folder, made if need be; raises UsageError if it cannot be written or the run cannot have its name."""
+    storage = Path(storage_path).absolute()
+    check_name(stem if name is None else name)
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=storage) as probe:
+            probe.write(b"\0" * 4096)
+    except OSError as error:
+        raise _unwritable(storage, error) from None
+    if name is not None and (storage / name).exists():
+        raise _taken(storage / name)
+    return storage
 
 
 @dataclass(frozen=True)
@@ -59,10 +75,8 @@ class RunFolder:
 
         Raises UsageError if that name exists, is no name, or the runs folder cannot be written.
         """
-        storage = Path(storage_path).absolute()
-        check_name(stem if name is None else name)
+        storage = check_storage(storage_path, stem, name)
         try:
-            storage.mkdir(parents=True, exist_ok=True)
             folder = cls(_make_numbered(storage, stem) if name is None else _make_named(storage, name))
             (folder.ray / "errors").mkdir(parents=True)
         except OSError as error:
@@ -254,8 +268,12 @@ def _make_named(storage: Path, name: str) -> Path:
     try:
         path.mkdir()
     except FileExistsError:
-        raise UsageError(f"{path}: this run exists. Choose another --name, or leave --name away for the next free number") from None
+        raise _taken(path) from None
     return path
+
+
+def _taken(path: Path) -> UsageError:
+    return UsageError(f"{path}: this run exists. Choose another --name, or leave --name away for the next free number")
 
 
 def _pretty(facts: Mapping[str, Any]) -> str:
