@@ -37,7 +37,9 @@ CPU = torch.device("cpu")
 
 def feed_of(recipe: Recipe, plan: Plan, prepared: Prepared, rank: int) -> Feed:
     budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
-    feeding = Feeding(str(prepared.train), recipe.model.task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle=True)
+    feeding = Feeding(
+        str(prepared.train), recipe.model.task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle=True
+    )
     distributor = DataDistributor({"train": feeding})
     tokenizer = load_tokenizer(recipe).tokenizer
     return Feed(
@@ -48,7 +50,9 @@ def feed_of(recipe: Recipe, plan: Plan, prepared: Prepared, rank: int) -> Feed:
 
 def planned(recipe: Recipe, prepared: Prepared) -> Plan:
     rows = TokenArrays.open(prepared.train).rows
-    return make_plan(recipe, read_zero(recipe.zero), model_facts(recipe, prepared.label_names), DataFacts(rows, None), Hardware("cpu", "CPU", None))
+    return make_plan(
+        recipe, read_zero(recipe.zero), model_facts(recipe, prepared.label_names), DataFacts(rows, None), Hardware("cpu", "CPU", None)
+    )
 
 
 def train_with_trainkit(recipe: Recipe, prepared: Prepared, first_weights: str, rank: int, fault: str | None) -> list[list[float]]:

@@ -35,7 +35,10 @@ def write_rows(path: Path) -> None:
     """40 rows of words, so that an epoch is four steps and the last one is smaller; label lengths are ragged."""
     rng = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
-    rows = [{"question": " ".join(rng.choice(words, rng.integers(2, 12))), "answer": " ".join(rng.choice(words, rng.integers(1, 9)))} for _ in range(40)]
+    rows = [
+        {"question": " ".join(rng.choice(words, rng.integers(2, 12))), "answer": " ".join(rng.choice(words, rng.integers(1, 9)))}
+        for _ in range(40)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -45,7 +48,9 @@ def save_model(folder: Path, task: str) -> None:
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(["alpha beta gamma delta epsilon zeta eta theta"] * 10, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
@@ -71,7 +76,9 @@ def train_all(folder: Path, world_size: int, cases: list[dict[str, object]]) -> 
     command = [sys.executable, str(Path(__file__).with_name("parity_worker.py")), str(cases_file), str(results_file)]
     logs = [folder / f"rank-{rank}-of-{world_size}.log" for rank in range(world_size)]
     ranks = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log.open("w"), stderr=subprocess.STDOUT
+        )
         for rank, log in enumerate(logs)
     ]
     codes = [rank.wait(timeout=280) for rank in ranks]
@@ -96,7 +103,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     lora = "model.lora={r: 4, lora_alpha: 8}"
     lora_weights = write_first_weights(read_recipe(folder / "causal.yaml", [lora]), folder / "lora.safetensors")
 
-    def case(name: str, *overrides: str, task: str = "seq2seq", plain: bool = False, fault: str | None = None, **more: str) -> dict[str, object]:
+    def case(
+        name: str, *overrides: str, task: str = "seq2seq", plain: bool = False, fault: str | None = None, **more: str
+    ) -> dict[str, object]:
         return {"name": name, "set": list(overrides), "plain": plain, "fault": fault} | files[task] | more
 
     def rows(number: int) -> str:
@@ -107,12 +116,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     one += [case(f"{stage} 1×1", f"zero={stage}") for stage in STAGES]
     one += [case(f"{stage} 1×{12 // number}", f"zero={stage}", rows(number)) for stage in ("zero1", "zero3") for number in LAYOUTS[1][1:]]
     two = [case(f"{stage} 2×1", f"zero={stage}", rows(6)) for stage in STAGES]
-    two += [case(f"{stage} 2×{6 // number}", f"zero={stage}", rows(number)) for stage in ("zero1", "zero2", "zero3") for number in LAYOUTS[2][1:]]
-    two += [case(f"{stage} tokens", f"zero={stage}", "batch.samples_per_device=null", "batch.tokens_per_device=160") for stage in ("zero2", "zero3")]
+    two += [
+        case(f"{stage} 2×{6 // number}", f"zero={stage}", rows(number))
+        for stage in ("zero1", "zero2", "zero3")
+        for number in LAYOUTS[2][1:]
+    ]
+    two += [
+        case(f"{stage} tokens", f"zero={stage}", "batch.samples_per_device=null", "batch.tokens_per_device=160")
+        for stage in ("zero2", "zero3")
+    ]
     two += [case(f"{stage} bf16", f"zero={stage}", rows(6), "model.precision=bf16") for stage in STAGES]
     two += [case(f"{stage} causal", f"zero={stage}", rows(6), task="causal") for stage in ("zero2", "zero3")]
     two += [case("recomputed", "zero=zero3", rows(6), "model.gradient_checkpointing=true", task="causal")]
-    two += [case(f"{stage} lora", f"zero={stage}", rows(6), lora, task="causal", first_weights=str(lora_weights)) for stage in ("zero2", "zero3")]
+    two += [
+        case(f"{stage} lora", f"zero={stage}", rows(6), lora, task="causal", first_weights=str(lora_weights))
+        for stage in ("zero2", "zero3")
+    ]
     two += [case("mean of means", rows(6), fault="mean of means")]
     return train_all(folder, 1, one) | train_all(folder, 2, two)
 

@@ -55,7 +55,7 @@ def test_a_budget_of_rows_cuts_evenly(lengths: list[tuple[int, int]], world: int
 def test_the_shares_of_the_ranks_are_the_whole(turns: int, world: int) -> None:
     shares = [share(turns * world, rank, world) for rank in range(world)]
     assert {len(mine) for mine in shares} == {turns}
-    assert sorted(sum(shares, [])) == list(range(turns * world))
+    assert sorted(index for mine in shares for index in mine) == list(range(turns * world))
 
 
 def test_ranks_carry_nearly_equal_cost() -> None:

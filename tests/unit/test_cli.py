@@ -53,7 +53,7 @@ def test_each_error_has_its_exit_code(
 
     monkeypatch.setattr("trainkit.cluster.decision.decide", fails)
     assert call("plan", QUICKSTART) == code
-    assert capsys.readouterr().err.strip() .removeprefix("error: ") == "what happened [and] where"
+    assert capsys.readouterr().err.strip().removeprefix("error: ") == "what happened [and] where"
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,9 @@ def test_padding_is_masked_by_position_never_by_id() -> None:
 
 
 def test_a_rank_without_samples_gets_one_row_that_counts_nothing() -> None:
-    empty = WireMicroBatch(1, np.empty(0, np.int64), {name: (np.empty(0, np.uint8), np.empty(0, np.int32)) for name in ("input_ids", "labels")})
+    empty = WireMicroBatch(
+        1, np.empty(0, np.int64), {name: (np.empty(0, np.uint8), np.empty(0, np.int32)) for name in ("input_ids", "labels")}
+    )
     for task in ("seq2seq", "causal", "classification"):
         batch = Padding(task, pad_id=0, eos_id=1).micro_batch(empty)
         assert batch.input_ids[0, 0] == 1 and batch.attention_mask.sum() == 1 and batch.tokens == 0

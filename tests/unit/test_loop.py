@@ -61,7 +61,9 @@ class Engine:
         return 2.0, self.steps != self.skip_at
 
 
-def run(engine: Engine, records: list[StepRecord], *, steps: int = 5, evaluations: list[dict[str, float]] | None = None, **train_keys: Any) -> Any:
+def run(
+    engine: Engine, records: list[StepRecord], *, steps: int = 5, evaluations: list[dict[str, float]] | None = None, **train_keys: Any
+) -> Any:
     keys = {"seed": 1, "metric_for_best_model": None, "early_stopping_patience": None} | train_keys
     recipe = SimpleNamespace(train=SimpleNamespace(**keys), optimizer=SimpleNamespace(lr=0.1, lr_scheduler_type="constant"))
     plan = SimpleNamespace(world_size=1, total_steps=steps, warmup_steps=0, eval_every=2 if evaluations else 0, precision="fp32")
@@ -95,7 +97,9 @@ def test_a_step_without_a_finite_update_is_recorded_and_stops_the_run_one_step_l
 def test_a_stop_request_ends_the_run_after_a_whole_step() -> None:
     records: list[StepRecord] = []
     outcome, _ = run(Engine(), records, steps=50, stop_after=3)
-    assert outcome.status == "interrupted" and [record.step for record in records] == list(range(1, outcome.steps + 1)) and outcome.steps < 10
+    assert (
+        outcome.status == "interrupted" and [record.step for record in records] == list(range(1, outcome.steps + 1)) and outcome.steps < 10
+    )
 
 
 def test_the_best_evaluation_is_kept_and_patience_ends_the_run() -> None:
@@ -126,7 +130,9 @@ def test_learning_rates_are_those_of_transformers(schedule: str) -> None:
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    theirs = get_scheduler(schedule if schedule != "constant" else "constant_with_warmup", optimizer, num_warmup_steps=3, num_training_steps=11)
+    theirs = get_scheduler(
+        schedule if schedule != "constant" else "constant_with_warmup", optimizer, num_warmup_steps=3, num_training_steps=11
+    )
     for step in range(1, 12):
         assert learning_rate(step, 11, 3, 0.5, schedule) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()

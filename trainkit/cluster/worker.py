@@ -5,7 +5,6 @@ The process group is up when `run_worker` starts; everything else a rank needs t
 
 from __future__ import annotations
 
-import os
 import shutil
 import traceback
 from dataclasses import dataclass
@@ -156,7 +155,7 @@ class Worker:
         target = self.folder.path / "model"
         if self.recipe.train.load_best_model_at_end and outcome.best_step is not None:
             if self.rank == 0:
-                os.replace(self.folder.path / ".best", target)
+                (self.folder.path / ".best").replace(target)
         else:
             self.export(engine, target)
         if not self.job.eval_steps or not self.recipe.train.metrics:

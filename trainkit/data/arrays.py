@@ -1,18 +1,17 @@
 """Token arrays on disk: ragged rows, memory-mapped, complete exactly when their manifest is there and holds.
 
-    <folder>/manifest.json               rows, columns, sizes in bytes, and what the preparation wants to remember
-    <folder>/<column>.values.npy         all rows end to end, in the smallest integer type that holds them
-    <folder>/<column>.offsets.npy        int64, rows + 1: row i is values[offsets[i] : offsets[i + 1]]
-    <folder>/label_tokens.npy            int32, rows: how many labels of a row count toward N
+<folder>/manifest.json               rows, columns, sizes in bytes, and what the preparation wants to remember
+<folder>/<column>.values.npy         all rows end to end, in the smallest integer type that holds them
+<folder>/<column>.offsets.npy        int64, rows + 1: row i is values[offsets[i] : offsets[i + 1]]
+<folder>/label_tokens.npy            int32, rows: how many labels of a row count toward N
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -105,7 +104,7 @@ class Writer:
             stream.close()
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def append(self, columns: dict[str, Sequence[Sequence[int]]], label_tokens: Sequence[int]) -> None:
+    def append(self, columns: Mapping[str, Sequence[Sequence[int]]], label_tokens: Sequence[int]) -> None:
         """One chunk of rows: per column a list of rows."""
         for name, rows in columns.items():
             if name not in self.streams:
@@ -145,11 +144,11 @@ class Writer:
 
     def _move(self) -> None:
         try:
-            os.replace(self.work, self.target)
+            self.work.replace(self.target)
         except OSError:  # somebody else's lies there: theirs is as good if complete
             if read_manifest(self.target) is None:
                 shutil.rmtree(self.target, ignore_errors=True)
-                os.replace(self.work, self.target)
+                self.work.replace(self.target)
 
 
 def _smallest_type(low: int, high: int) -> np.dtype:

@@ -59,9 +59,7 @@ def compose(source: np.ndarray, target: np.ndarray, world_size: int, budget: Bud
 
 def share(k: int, rank: int, world_size: int) -> list[int]:
     """Indices of the micro-batches that a rank trains: every round deals one to each rank, there and back (costs descend)."""
-    return [
-        first + (rank if turn % 2 == 0 else world_size - 1 - rank) for turn, first in enumerate(range(0, k, world_size))
-    ]
+    return [first + (rank if turn % 2 == 0 else world_size - 1 - rank) for turn, first in enumerate(range(0, k, world_size))]
 
 
 def _multiple(groups: int, world_size: int) -> int:

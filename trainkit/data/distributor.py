@@ -8,7 +8,6 @@ padding happens at the worker (feed.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np

@@ -133,7 +133,11 @@ def _conversations(recipe: Recipe) -> tuple[tuple[str, ...], Callable[[Row, int]
 
 
 def _checked_turns(turns: Any, column: templates.Field, number: int) -> list[dict[str, str]]:
-    sound = isinstance(turns, list) and turns and all(isinstance(turn, dict) and turn.get("role") and turn.get("content") is not None for turn in turns)
+    sound = (
+        isinstance(turns, list)
+        and turns
+        and all(isinstance(turn, dict) and turn.get("role") and turn.get("content") is not None for turn in turns)
+    )
     if not sound:
         raise DataError(f"row {number}: column {column} is no list of {{role, content}}", row=number, column=column.column)
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
@@ -203,7 +207,9 @@ def _classification(recipe: Recipe, tokenizer: Any, label_names: Sequence[str]) 
 
 def _number(number_of: dict[str, int], value: Any, label: templates.Field, number: int) -> int:
     if str(value) not in number_of:
-        raise DataError(f"row {number}: column {label} is {value!r}, which is none of the {len(number_of)} labels", row=number, column=label.column)
+        raise DataError(
+            f"row {number}: column {label} is {value!r}, which is none of the {len(number_of)} labels", row=number, column=label.column
+        )
     return number_of[str(value)]
 
 
@@ -213,8 +219,8 @@ def _tokenize(tokenizer: Any, *texts: list[str], limit: int = DEFAULT_LENGTH, **
     full = [len(ids) == limit for ids in tokens["input_ids"]]
     if not any(full):
         return tokens, 0
-    whole = tokenizer(*[[text for text, at_limit in zip(part, full, strict=True) if at_limit] for part in texts],
-                      **{key: [text for text, at_limit in zip(part, full, strict=True) if at_limit] for key, part in more.items()})  # fmt: skip
+    at_limit = [[text for text, is_full in zip(part, full, strict=True) if is_full] for part in (*texts, *more.values())]
+    whole = tokenizer(*at_limit[: len(texts)], **dict(zip(more, at_limit[len(texts) :], strict=True)))
     return tokens, sum(len(ids) > limit for ids in whole["input_ids"])
 
 

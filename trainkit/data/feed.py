@@ -52,7 +52,9 @@ class StepBatch:
 class Feed:
     """Micro-batches of one rank. `fetch(first, count)` returns the wire steps first .. first + count - 1."""
 
-    def __init__(self, fetch: Callable[[int, int], list[WireStep]], *, last_step: int, task: str, pad_id: int, eos_id: int, device: torch.device):
+    def __init__(
+        self, fetch: Callable[[int, int], list[WireStep]], *, last_step: int, task: str, pad_id: int, eos_id: int, device: torch.device
+    ):
         self.fetch, self.last_step = fetch, last_step
         self.pad = Padding(task, pad_id, eos_id)
         self.device = device
@@ -101,9 +103,10 @@ class Feed:
     def _put(self, waiting: queue.Queue[StepBatch | BaseException], item: StepBatch | BaseException) -> None:
         while not self.stopped.is_set():
             try:
-                return waiting.put(item, timeout=0.2)
+                waiting.put(item, timeout=0.2)
             except queue.Full:
                 continue
+            return
 
     def _to_device(self, batch: StepBatch) -> StepBatch:
         if self.device.type == "cpu":

@@ -25,10 +25,10 @@ def mix64(values: np.ndarray | int) -> np.ndarray:
 
 def combine(*numbers: int) -> int:
     """One 64-bit key of several integers; the order of the integers matters."""
-    key = np.uint64(0)
+    key = 0
     for number in numbers:
-        key = mix64(key ^ mix64(np.uint64(number % 2**64)))
-    return int(key)
+        key = int(mix64(key ^ int(mix64(number % 2**64))))
+    return key
 
 
 def permute(positions: np.ndarray, rows: int, key: int) -> np.ndarray:

@@ -124,9 +124,10 @@ def _is_local(path: str) -> bool:
 
 
 def _globbed(path: str) -> list[Path]:
-    import glob
-
-    return sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file()) if any(sign in path for sign in "*?[") else []
+    """Files that a pattern with * ? or [ names, sorted; ** goes through folders."""
+    start = Path(path).anchor or "."
+    pattern = path.removeprefix(start) if Path(path).anchor else path
+    return sorted(file for file in Path(start).glob(pattern) if file.is_file()) if any(sign in path for sign in "*?[") else []
 
 
 def _is_saved(folder: Path) -> bool:
@@ -160,7 +161,9 @@ def _files_of_split(path: str | list[str], split: str, key: str) -> list[Path]:
         if not file.is_file():
             raise DataError(f"data.path: {file}: no such file")
         if _reader_of(file) is None:
-            raise DataError(f"data.path: {file}: no reader for this ending; write {', '.join(f'.{ending}' for ending in READERS)}, also .gz")
+            raise DataError(
+                f"data.path: {file}: no reader for this ending; write {', '.join(f'.{ending}' for ending in READERS)}, also .gz"
+            )
     return sorted(files)
 
 
@@ -221,7 +224,9 @@ def _from_hub(recipe: Recipe, how: str, **more: Any) -> Any:
 
     reached = hub_is_reached()
     try:
-        return getattr(datasets, how)(recipe.data.path, recipe.data.name, revision=recipe.data.revision, cache_dir=str(_cache(recipe)), **more)
+        return getattr(datasets, how)(
+            recipe.data.path, recipe.data.name, revision=recipe.data.revision, cache_dir=str(_cache(recipe)), **more
+        )
     except Exception as error:
         if not reached:
             raise DataError(no_hub("data.path", str(recipe.data.path)), hub=True) from None

@@ -61,7 +61,9 @@ def load_tokenizer(recipe: Recipe) -> LoadedTokenizer:
         return LoadedTokenizer(tokenizer, None)
     chosen = tokenizer.eos_token or tokenizer.unk_token
     if chosen is None:
-        raise DataError(f"model.path: {recipe.model.path}: the tokenizer has no pad, EOS or unknown token; set pad_token in its tokenizer_config.json")
+        raise DataError(
+            f"model.path: {recipe.model.path}: the tokenizer has no pad, EOS or unknown token; set pad_token in its tokenizer_config.json"
+        )
     tokenizer.pad_token = chosen
     return LoadedTokenizer(tokenizer, f"the tokenizer has no pad token: {chosen!r} pads, masked by position")
 

@@ -37,7 +37,9 @@ class Model(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of the hub repository.")
     task: Task = Field(description="Which head: seq2seq and causal predict tokens, classification predicts one label a row.")
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random draws all weights from train.seed.")
-    precision: Precision = Field("bf16", description="Type of forward, backward and gradients; the optimizer keeps fp32 weights and states.")
+    precision: Precision = Field(
+        "bf16", description="Type of forward, backward and gradients; the optimizer keeps fp32 weights and states."
+    )
     attn_implementation: str | None = Field(None, description="As in from_pretrained; null takes the best the model supports.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, about a third more work.")
     lora: Lora | None = Field(None, description="Train low-rank matrices only; null trains all parameters.")
@@ -58,16 +60,24 @@ class Data(Section):
     )
     source: str | list[str] | None = Field(None, description="Input template with columns in braces; a list of two is a sentence pair.")
     target: str | None = Field(None, description="Template of the completion, or the label column; alone under causal: plain text.")
-    messages: str | list[Messages] | None = Field(None, description="Chat column, or a list of {role, content} templates; loss on assistant turns.")
-    max_source_length: PositiveInt | None = Field(None, description="seq2seq: most source tokens of a row, special tokens counted. Default 512.")
-    max_target_length: PositiveInt | None = Field(None, description="seq2seq: most target tokens of a row, special tokens counted. Default 512.")
+    messages: str | list[Messages] | None = Field(
+        None, description="Chat column, or a list of {role, content} templates; loss on assistant turns."
+    )
+    max_source_length: PositiveInt | None = Field(
+        None, description="seq2seq: most source tokens of a row, special tokens counted. Default 512."
+    )
+    max_target_length: PositiveInt | None = Field(
+        None, description="seq2seq: most target tokens of a row, special tokens counted. Default 512."
+    )
     max_length: PositiveInt | None = Field(None, description="causal, classification: most tokens of a row. Default 512.")
     packing: bool = Field(False, description="causal: several rows in one sequence, borders respected.")
 
 
 class Batch(Section):
     samples: PositiveInt = Field(description="Rows in one optimizer step over all workers: part of the training, never of the layout.")
-    tokens_per_device: Literal["auto"] | PositiveInt = Field("auto", description="Budget of one micro-batch on one device, padding included.")
+    tokens_per_device: Literal["auto"] | PositiveInt = Field(
+        "auto", description="Budget of one micro-batch on one device, padding included."
+    )
     samples_per_device: PositiveInt | None = Field(None, description="Rows of one micro-batch on one device, instead of tokens_per_device.")
 
 
@@ -75,10 +85,16 @@ class Optimizer(Section):
     name: Literal["adamw"] = Field("adamw", description="Optimizer; torch's AdamW, CPUAdam where ZeRO keeps its states on the CPU.")
     lr: PositiveFloat = Field(description="Peak learning rate.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay on every trained parameter, as in torch.optim.AdamW.")
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2, description="As in torch.optim.AdamW.")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="As in torch.optim.AdamW."
+    )
     eps: PositiveFloat = Field(1e-8, description="As in torch.optim.AdamW.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay to 0 at the last optimizer step, or none.")
-    warmup_steps: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = Field(0, description="Optimizer steps of linear warm-up; below 1: a share of the run.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Decay to 0 at the last optimizer step, or none."
+    )
+    warmup_steps: NonNegativeInt | Annotated[float, Field(ge=0, lt=1)] = Field(
+        0, description="Optimizer steps of linear warm-up; below 1: a share of the run."
+    )
     max_grad_norm: NonNegativeFloat = Field(1.0, description="Gradients are scaled down to this global L2 norm; 0 switches clipping off.")
 
 
@@ -92,7 +108,9 @@ class Train(Section):
     metrics: list[str] = Field([], description="Beside the loss: exact_match, rouge (by generation), accuracy, f1 (classification).")
     metric_for_best_model: str | None = Field(None, description="loss or one of the metrics: decides which evaluation is the best.")
     load_best_model_at_end: bool = Field(False, description="model/ holds the weights of the best evaluation instead of the last ones.")
-    early_stopping_patience: PositiveInt | None = Field(None, description="Stop after so many evaluations in a row without a better metric.")
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Stop after so many evaluations in a row without a better metric."
+    )
 
 
 class Scaling(Section):

@@ -127,4 +127,6 @@ def _check_applied(ds: Any, plan: Plan) -> None:
     }
     for what, (planned, got) in applied.items():
         if planned != got:
-            raise PlanMismatch(f"{what}: the plan says {planned}, the built DeepSpeed engine applies {got}", what=what, planned=planned, applied=got)
+            raise PlanMismatch(
+                f"{what}: the plan says {planned}, the built DeepSpeed engine applies {got}", what=what, planned=planned, applied=got
+            )

@@ -43,7 +43,8 @@ def _token_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _seq2seq_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    shifted = base_model(model).prepare_decoder_input_ids_from_labels(batch.labels)
+    decoder: Any = base_model(model)
+    shifted = decoder.prepare_decoder_input_ids_from_labels(batch.labels)
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=shifted, use_cache=False).logits
 
 
@@ -69,8 +70,8 @@ TASKS = {
 
 def base_model(model: torch.nn.Module) -> Any:
     """The transformers model under an engine or a LoRA wrapper."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def load_config(recipe: Recipe, label_names: Sequence[str] | None = None) -> Any:
@@ -81,7 +82,7 @@ def load_config(recipe: Recipe, label_names: Sequence[str] | None = None) -> Any
     try:
         config = transformers.AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision, **labels)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"model.path: {recipe.model.path}: no config of a transformers model can be read here: {_first_line(error)}") from None
+        raise DataError(f"model.path: {recipe.model.path}: no transformers config can be read: {_first_line(error)}") from None
     if type(config) not in TASKS[recipe.model.task].auto_class._model_mapping:
         raise DataError(f"model.task: {recipe.model.task}: {recipe.model.path} is a {config.model_type} model, which has no such head")
     if config.pad_token_id is None and recipe.model.task == "classification":
@@ -192,7 +193,8 @@ def _from_pretrained(recipe: Recipe, config: Any, dtype: torch.dtype | str) -> t
         )  # fmt: skip
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise DataError(
-            f"model.path: {recipe.model.path}: no weights can be loaded: {_first_line(error)}. Write model.weights: random to train from scratch."
+            f"model.path: {recipe.model.path}: no weights can be loaded: {_first_line(error)}. "
+            "Write model.weights: random to train from scratch"
         ) from None
     return model, set(info["missing_keys"])
 
