@@ -17,20 +17,9 @@ import torch.distributed as dist
 from trainkit.data.feed import StepBatch
 from trainkit.data.order import set_hash
 
-_FIELDS = tuple(
-    [
-        "loss_sum",
-        "grad_norm",
-        "applied",
-        "tokens",
-        "padded_tokens",
-        "peak_bytes",
-        "reserved_bytes",
-        "data_wait",
-        "stop",
-        "hash_low",
-        "hash_high",
-    ]
+_FIELDS = (
+    *("loss_sum", "grad_norm", "applied", "tokens", "padded_tokens", "peak_bytes", "reserved_bytes", "data_wait", "stop"),
+    *("hash_low", "hash_high"),  # halves of 64 bits: a float64 holds 53 exactly
 )
 
 
@@ -84,7 +73,7 @@ class StepLedger:
         tokens = sum(micro.tokens for micro in mine.batch.micro_batches)
         padded = sum(micro.padded_tokens for micro in mine.batch.micro_batches)
         trained = sum(set_hash(micro.sample_ids) for micro in mine.batch.micro_batches) % 2**64
-        hash_low, hash_high = trained % 2**32, trained >> 32  # halves: a float64 holds 53 bits exactly
+        hash_low, hash_high = trained % 2**32, trained >> 32
         numbers = [0, 0, mine.applied, tokens, padded, peak, reserved, mine.data_wait_seconds, mine.stop, hash_low, hash_high]
         local = torch.tensor(numbers, dtype=torch.float64, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
         local[0] = mine.loss_sum
