@@ -5,7 +5,6 @@ The process group is up when `run_worker` starts; everything else a rank needs t
 
 from __future__ import annotations
 
-import shutil
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from trainkit.data.encoding import DEFAULT_LENGTH
 from trainkit.data.feed import Feed, MicroBatch
 from trainkit.data.order import chain
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer
-from trainkit.inference.evaluate import Rank, evaluate_loss, evaluate_metrics
-from trainkit.inference.export import export_model
+from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
+from trainkit.inference.export import export_model, move_model
+from trainkit.inference.predict import Rank, load_plain
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.folder import RunFolder, StepLog
@@ -30,7 +30,7 @@ from trainkit.training import loop
 from trainkit.training.board import Board, SilentBoard, TensorBoard
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.meters import StepRecord, as_json
-from trainkit.training.model import build_model, load_exported
+from trainkit.training.model import build_model
 from trainkit.units import gib
 
 
@@ -117,12 +117,12 @@ class Worker:
         values = evaluate_loss(engine, self.feeds["eval"], self.job.eval_steps)
         decides = self.recipe.train.metric_for_best_model not in (None, "loss")
         if self.recipe.train.metrics and (decides or step < self.plan.total_steps):
-            values |= self.metrics(engine.model, synced=self.plan.zero_stage == 3)[0]
+            values |= self.metrics(engine.model, self.device, in_step=self.plan.zero_stage == 3)[0]
         self.board.evaluation(step, values)
         self.phase("training")
         return values
 
-    def metrics(self, model: Any, synced: bool) -> tuple[dict[str, float], list[dict[str, str]]]:
+    def metrics(self, model: Any, device: torch.device, in_step: bool) -> tuple[dict[str, float], list[dict[str, str]]]:
         assert self.job.prepared.eval is not None
         return evaluate_metrics(
             model,
@@ -131,7 +131,7 @@ class Worker:
             arrays=TokenArrays.open(self.job.prepared.eval),
             tokenizer=self.tokenizer,
             label_names=self.job.prepared.label_names,
-            where=Rank(self.rank, self.world_size, self.device, in_step=synced),
+            where=Rank(self.rank, self.world_size, device, in_step=in_step),
             max_new_tokens=self.recipe.data.max_target_length or self.recipe.data.max_length or DEFAULT_LENGTH,
         )
 
@@ -141,8 +141,6 @@ class Worker:
             self.export(engine, self.folder.path / ".best")
 
     def export(self, engine: Engine, folder: Path) -> None:
-        if self.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
         export_model(engine, self.tokenizer, folder, self.recipe, self.example_batch())
 
     def example_batch(self) -> MicroBatch:
@@ -155,23 +153,24 @@ class Worker:
         target = self.folder.path / "model"
         if self.recipe.train.load_best_model_at_end and outcome.best_step is not None:
             if self.rank == 0:
-                (self.folder.path / ".best").replace(target)
+                move_model(self.folder.path / ".best", target)
+            outcome.evaluation = outcome.best_evaluation
         else:
             self.export(engine, target)
         if not self.job.eval_steps or not self.recipe.train.metrics:
             return []
         self.phase("measuring model/")
+        dist.barrier()  # rank 0 may still be moving it
         values, examples = self.measure(engine, target)
         outcome.evaluation = {**(outcome.evaluation or {}), **values}
         self.board.evaluation(outcome.steps, values)
         return examples
 
     def measure(self, engine: Engine, target: Path) -> tuple[dict[str, float], list[dict[str, str]]]:
-        if not self.fits_whole(engine):
-            return self.metrics(engine.model, synced=self.plan.zero_stage == 3)
-        dist.barrier()
-        model = load_exported(target, self.recipe.model.task, self.recipe.model.precision).to(self.device)
-        return self.metrics(model, synced=False)
+        """On the device where the whole model fits beside the engine, else on the CPU."""
+        device = self.device if self.fits_whole(engine) else torch.device("cpu")
+        model = load_plain(target, self.recipe.model.task, self.recipe.model.precision).to(device)
+        return self.metrics(model, device, in_step=False)
 
     def fits_whole(self, engine: Engine) -> bool:
         """Whether every rank's device has room for the whole model beside the engine."""

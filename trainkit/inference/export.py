@@ -62,8 +62,9 @@ def write_model(model: Any, whole: Tensors, tokenizer: Any, folder: Path, recipe
         if recipe.model.weights == "random":
             base.save_pretrained(folder / "base", state_dict=_base_tensors(whole))
         model.save_pretrained(folder, state_dict=dict(whole), save_embedding_layers=False)
-        base.config.dtype = DTYPES[recipe.model.precision]
-        base.config.save_pretrained(folder)  # labels and shape, which the base's own config may lack
+        if recipe.model.task == "classification":  # labels, which the base's own config lacks; elsewhere it would look like a whole model
+            base.config.dtype = DTYPES[recipe.model.precision]
+            base.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

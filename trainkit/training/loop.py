@@ -48,6 +48,7 @@ class Outcome:
     evaluation: dict[str, float] | None = None  # the last one
     best_step: int | None = None
     best_value: float | None = None
+    best_evaluation: dict[str, float] | None = None
     evaluations_without_better: int = 0
     stopped_early: bool = False
     peak_bytes: tuple[int, ...] = field(default=())
@@ -142,6 +143,7 @@ def _evaluate(step: int, recipe: Recipe, around: Surroundings, outcome: Outcome)
     value = values[metric]
     if outcome.best_value is None or (value < outcome.best_value if metric == "loss" else value > outcome.best_value):
         outcome.best_step, outcome.best_value, outcome.evaluations_without_better = step, value, 0
+        outcome.best_evaluation = outcome.evaluation
         around.keep_best(step)
     else:
         outcome.evaluations_without_better += 1

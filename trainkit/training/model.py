@@ -153,10 +153,10 @@ def load_exported(folder: str | Path, task: str, precision: str) -> Any:
 
     adapter = peft.PeftConfig.from_pretrained(str(folder))
     own_base = (folder / "base").is_dir()  # drawn at random, so it lies with its adapter
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = {"config": transformers.AutoConfig.from_pretrained(folder)} if (folder / "config.json").exists() else {}
     base = auto_class.from_pretrained(
         folder / "base" if own_base else adapter.base_model_name_or_path,
-        revision=None if own_base else adapter.revision, config=config, dtype=dtype,
+        revision=None if own_base else adapter.revision, dtype=dtype, **config,
     )  # fmt: skip
     return peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False).eval()
 
