@@ -147,12 +147,12 @@ def test_a_killed_worker_fails_the_run_and_is_named(tmp_path: Path) -> None:
     assert found["status"] == "failed" and found["error"]["kind"] == "TrainingError" and found["steps"] >= 2
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rank(tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_stops_the_run_and_leaves_no_model(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "it")
     with started(tmp_path, [*LONG, "--set", "optimizer.lr=1.0e+30", "--set", "optimizer.warmup_steps=0"]) as process:
         _, err = process.communicate(timeout=200)
     assert process.returncode == 4
-    assert "error: step " in err and "rank" in err and "Traceback" not in err
+    assert "error: step " in err and "optimizer.lr" in err and "Traceback" not in err
     found = summary(folder)
     assert (found["status"], found["error"]["kind"]) == ("failed", "NonFiniteError")
     assert found["steps"] <= found["error"]["step"] + 1

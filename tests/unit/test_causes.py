@@ -26,7 +26,7 @@ def test_an_error_of_ours_keeps_its_class_message_and_exit_code(folder: RunFolde
     folder.write_error(0, 4, PEER_LOST, "Traceback")
     cause = first_cause(GROUP, folder, 2)
     assert type(cause) is NonFiniteError and cause.message == "step 5: the loss of rank 1 is not finite"
-    assert (cause.exit_code, cause.facts["rank"]) == (4, 1)
+    assert (cause.exit_code, cause.facts) == (4, {"rank": 1, "step": 5})
 
 
 def test_the_first_cause_wins_whatever_its_rank(folder: RunFolder) -> None:

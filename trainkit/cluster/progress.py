@@ -120,6 +120,7 @@ class PlainLines:
         self.console, self.clock = console, clock
         self.printed_at = clock()
         self.waiting: View | None = None
+        self.printed = ""
 
     def show(self, view: View) -> None:
         self.waiting = view
@@ -133,8 +134,10 @@ class PlainLines:
         self._print()
 
     def _print(self) -> None:
-        if self.waiting is not None:
-            self.console.print("  ".join(self.waiting.words()), highlight=False, markup=False, soft_wrap=True)
+        line = "" if self.waiting is None else "  ".join(self.waiting.words())
+        if line not in ("", self.printed):
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.printed = line
         self.waiting, self.printed_at = None, self.clock()
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,9 +77,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in manifest["bytes"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        return manifest if sizes == manifest["bytes"] and manifest["rows"] > 0 and manifest["columns"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return manifest if sizes == manifest["bytes"] else None
 
 
 class Writer:
@@ -90,7 +91,8 @@ class Writer:
     def __init__(self, folder: Path):
         self.target = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self.work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        self.work = _beside(folder)
+        self.work.mkdir()
         self.streams: dict[str, IO[bytes]] = {}
         self.lengths: dict[str, list[np.ndarray]] = {}
         self.bounds: dict[str, tuple[int, int]] = {}
@@ -105,12 +107,12 @@ class Writer:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def append(self, columns: Mapping[str, Sequence[Sequence[int]]], label_tokens: Sequence[int]) -> None:
-        """One chunk of rows: per column a list of rows."""
+        """One chunk of rows: per column a list of rows. Every chunk has the same columns."""
         for name, rows in columns.items():
             if name not in self.streams:
                 self.streams[name] = (self.work / f"{name}.raw").open("wb")
                 self.lengths[name], self.bounds[name] = [], (0, 0)
-            flat = np.fromiter((value for row in rows for value in row), dtype=np.int64)
+            flat = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
             low, high = self.bounds[name]
             self.bounds[name] = min(low, int(flat.min(initial=0))), max(high, int(flat.max(initial=0)))
             self.lengths[name].append(np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)))
@@ -145,10 +147,17 @@ class Writer:
     def _move(self) -> None:
         try:
             self.work.replace(self.target)
-        except OSError:  # somebody else's lies there: theirs is as good if complete
+        except OSError:  # something lies there: if complete, it is as good as this; if not, it makes room
             if read_manifest(self.target) is None:
-                shutil.rmtree(self.target, ignore_errors=True)
+                broken = _beside(self.target)
+                self.target.replace(broken)
                 self.work.replace(self.target)
+                shutil.rmtree(broken, ignore_errors=True)
+
+
+def _beside(folder: Path) -> Path:
+    """A hidden name of its own in the same place, so that a move is one step."""
+    return folder.parent / f".{folder.name}-{uuid.uuid4().hex[:12]}"
 
 
 def _smallest_type(low: int, high: int) -> np.dtype:

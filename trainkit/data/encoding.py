@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainkit.data import templates
+import numpy as np
+
+from trainkit.data import chat, templates
 from trainkit.errors import DataError
 from trainkit.recipe.schema import Recipe
 
@@ -33,19 +35,22 @@ Encode = Callable[[list[Row], int], Encoded]
 
 @dataclass(frozen=True)
 class Form:
-    """How the recipe's rows are encoded, and the columns that this reads."""
+    """How the recipe's rows are encoded, and the columns that this reads. `encode` gets rows and the number of the first."""
 
     columns: tuple[str, ...]
     encode: Encode
 
 
-def form_of(recipe: Recipe, tokenizer: Any, label_names: Sequence[str] | None) -> Form:
-    """Raises DataError for a template that cannot be read or a tokenizer that lacks what the form needs."""
+def form_of(recipe: Recipe, tokenizer: Any, label_names: Sequence[str] | None, present: Sequence[str] = ()) -> Form:
+    """`present`: the columns that the data has.
+
+    Raises DataError for a template that cannot be read, a limit without room for a token, or a tokenizer that lacks what the form needs.
+    """
     data, task = recipe.data, recipe.model.task
     if data.messages is not None:
         return _chat(recipe, tokenizer)
     if data.source is None and data.target is None:
-        return _ready(recipe)
+        return _ready(recipe, present)
     if task == "classification":
         return _classification(recipe, tokenizer, label_names or [])
     if task == "seq2seq":
@@ -53,23 +58,26 @@ def form_of(recipe: Recipe, tokenizer: Any, label_names: Sequence[str] | None) -
     return _plain_text(recipe, tokenizer) if data.source is None else _completion(recipe, tokenizer)
 
 
-def label_column(recipe: Recipe) -> str:
-    """The column of data.target under classification: `label` or `{label}`."""
-    target = recipe.data.target
-    return "labels" if target is None else target.strip().removeprefix("{").removesuffix("}").strip()
+def limits(recipe: Recipe) -> dict[str, int]:
+    """Most tokens by the recipe's key, defaults filled in."""
+    keys = ("max_source_length", "max_target_length") if recipe.model.task == "seq2seq" else ("max_length",)
+    return {key: getattr(recipe.data, key) or DEFAULT_LENGTH for key in keys}
 
 
 def _seq2seq(recipe: Recipe, tokenizer: Any) -> Form:
     assert isinstance(recipe.data.source, str) and recipe.data.target is not None
     source, target = templates.parse(recipe.data.source, "data.source"), templates.parse(recipe.data.target, "data.target")
-    most_source, most_target = recipe.data.max_source_length or DEFAULT_LENGTH, recipe.data.max_target_length or DEFAULT_LENGTH
+    most_source, most_target = limits(recipe).values()
+    _check_room(tokenizer, 1, most_source, "data.max_source_length")
+    _check_room(tokenizer, 1, most_target, "data.max_target_length")
 
     def encode(rows: list[Row], first: int) -> Encoded:
-        inputs, cut_source = _tokenize(tokenizer, [source.of(row, first + i) for i, row in enumerate(rows)], limit=most_source)
-        targets, cut_target = _tokenize(tokenizer, text_target=[target.of(row, first + i) for i, row in enumerate(rows)], limit=most_target)
-        labels = [_ending_in_eos(ids, tokenizer.eos_token_id, most_target) for ids in targets["input_ids"]]
-        columns = {"input_ids": inputs["input_ids"], "labels": labels}
-        return Encoded(columns, [len(row) for row in labels], {"source": cut_source, "target": cut_target})
+        inputs, cut_source = _tokenize(tokenizer, _texts(source, rows, first), limit=most_source)
+        _check_not_empty(inputs["input_ids"], first)
+        targets, cut_target = _tokenize(tokenizer, text_target=_texts(target, rows, first), limit=most_target)
+        labels, cut_for_eos = _ending_in_eos(targets["input_ids"], tokenizer.eos_token_id, most_target)
+        truncated = {"source": int(cut_source.sum()), "target": int((cut_target | cut_for_eos).sum())}
+        return Encoded({"input_ids": inputs["input_ids"], "labels": labels}, [len(row) for row in labels], truncated)
 
     return Form((*source.columns, *target.columns), encode)
 
@@ -78,17 +86,17 @@ def _completion(recipe: Recipe, tokenizer: Any) -> Form:
     """Prompt and completion are tokenized apart; completion and EOS are labelled."""
     assert isinstance(recipe.data.source, str) and recipe.data.target is not None
     source, target = templates.parse(recipe.data.source, "data.source"), templates.parse(recipe.data.target, "data.target")
-    limit, eos = recipe.data.max_length or DEFAULT_LENGTH, tokenizer.eos_token_id
+    limit, eos = limits(recipe)["max_length"], tokenizer.eos_token_id
 
     def encode(rows: list[Row], first: int) -> Encoded:
-        prompts = tokenizer([source.of(row, first + i) for i, row in enumerate(rows)], add_special_tokens=True)["input_ids"]
-        completions = tokenizer([target.of(row, first + i) for i, row in enumerate(rows)], add_special_tokens=False)["input_ids"]
-        spans = []
+        prompts = tokenizer(_texts(source, rows, first), verbose=False)["input_ids"]
+        completions = tokenizer(_texts(target, rows, first), add_special_tokens=False, verbose=False)["input_ids"]
+        marked = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            prompt = prompt[:-1] if prompt and prompt[-1] == eos else prompt  # the row goes on after the prompt
+            prompt = prompt[:-1] if eos is not None and prompt[-1:] == [eos] else prompt  # the row goes on after the prompt
             completion = completion if eos is None else [*completion, eos]
-            spans.append([(prompt, False), (completion, True)])
-        return _causal(spans, limit, eos)
+            marked.append(([*prompt, *completion], [False] * len(prompt) + [True] * len(completion)))
+        return _causal(marked, limit, eos, first)
 
     return Form((*source.columns, *target.columns), encode)
 
@@ -96,144 +104,137 @@ def _completion(recipe: Recipe, tokenizer: Any) -> Form:
 def _plain_text(recipe: Recipe, tokenizer: Any) -> Form:
     assert recipe.data.target is not None
     text = templates.parse(recipe.data.target, "data.target")
-    limit, eos = recipe.data.max_length or DEFAULT_LENGTH, tokenizer.eos_token_id
+    limit, eos = limits(recipe)["max_length"], tokenizer.eos_token_id
 
     def encode(rows: list[Row], first: int) -> Encoded:
-        ids = tokenizer([text.of(row, first + i) for i, row in enumerate(rows)], add_special_tokens=True)["input_ids"]
-        return _causal([[(row if eos is None or row[-1:] == [eos] else [*row, eos], True)] for row in ids], limit, eos)
+        ids = tokenizer(_texts(text, rows, first), verbose=False)["input_ids"]
+        whole = [row if eos is None or row[-1:] == [eos] else [*row, eos] for row in ids]
+        return _causal([(row, [True] * len(row)) for row in whole], limit, eos, first)
 
     return Form(tuple(text.columns), encode)
 
 
 def _chat(recipe: Recipe, tokenizer: Any) -> Form:
-    """The tokenizer's chat template; loss on assistant turns only, their end-of-turn token included."""
+    """The tokenizer's chat template, which writes all special tokens itself; a row over the limit is simply cut."""
+    assert recipe.data.messages is not None
     if not tokenizer.chat_template:
         raise DataError(
             f"data.messages: the tokenizer of {recipe.model.path} has no chat template. "
             "Take an instruction-tuned model's tokenizer, or write source and target"
         )
-    limit, eos = recipe.data.max_length or DEFAULT_LENGTH, tokenizer.eos_token_id
-    columns, conversation = _conversations(recipe)
+    limit = limits(recipe)["max_length"]
+    columns, conversation = chat.reader(recipe.data.messages)
 
     def encode(rows: list[Row], first: int) -> Encoded:
-        return _causal([_turns(tokenizer, conversation(row, first + i), first + i) for i, row in enumerate(rows)], limit, eos)
+        conversations = [conversation(row, number) for number, row in enumerate(rows, start=first)]
+        return _causal(chat.tokenize(tokenizer, conversations, first), limit, None, first)
 
     return Form(columns, encode)
 
 
-def _conversations(recipe: Recipe) -> tuple[tuple[str, ...], Callable[[Row, int], list[dict[str, str]]]]:
-    messages = recipe.data.messages
-    if isinstance(messages, str):
-        column = templates.Field(messages.strip().removeprefix("{").removesuffix("}").strip())
-        return (column.column,), lambda row, number: _checked_turns(column.of(row, number), column, number)
-    assert messages is not None
-    parsed = [(message.role, templates.parse(message.content, "data.messages")) for message in messages]
-    names = tuple(name for _, template in parsed for name in template.columns)
-    return names, lambda row, number: [{"role": role, "content": template.of(row, number)} for role, template in parsed]
-
-
-def _checked_turns(turns: Any, column: templates.Field, number: int) -> list[dict[str, str]]:
-    sound = (
-        isinstance(turns, list)
-        and turns
-        and all(isinstance(turn, dict) and turn.get("role") and turn.get("content") is not None for turn in turns)
-    )
-    if not sound:
-        raise DataError(f"row {number}: column {column} is no list of {{role, content}}", row=number, column=column.column)
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-
-
-def _turns(tokenizer: Any, conversation: list[dict[str, str]], number: int) -> list[tuple[list[int], bool]]:
-    """(ids, learned?) of each turn. The conversation is rendered turn by turn; each rendering must begin with the one before."""
-    spans: list[tuple[list[int], bool]] = []
-    before = ""
-    for end, turn in enumerate(conversation, start=1):
-        learned = turn["role"] == "assistant"
-        if learned:
-            opened = tokenizer.apply_chat_template(conversation[: end - 1], tokenize=False, add_generation_prompt=True)
-            spans.append((_piece(tokenizer, before, opened, number), False))
-            before = opened
-        text = tokenizer.apply_chat_template(conversation[:end], tokenize=False)
-        spans.append((_piece(tokenizer, before, text, number), learned))
-        before = text
-    return spans
-
-
-def _piece(tokenizer: Any, before: str, text: str, number: int) -> list[int]:
-    if not text.startswith(before):
-        raise DataError(
-            f"row {number}: data.messages: the chat template rewrites earlier turns, so the assistant's tokens cannot be told apart. "
-            "Write source and target instead",
-            row=number,
-        )
-    return tokenizer(text[len(before) :], add_special_tokens=False)["input_ids"]
-
-
-def _ready(recipe: Recipe) -> Form:
-    """Columns input_ids and labels as they are. A causal row's labels are as long as its ids."""
-    task = recipe.model.task
+def _ready(recipe: Recipe, present: Sequence[str]) -> Form:
+    """Columns input_ids and labels as they are: integers, without padding, within a limit that the recipe names."""
+    causal = recipe.model.task == "causal"
+    most_ids = recipe.data.max_length if causal else recipe.data.max_source_length
+    most_labels = recipe.data.max_length if causal else recipe.data.max_target_length
+    mask = ("attention_mask",) if "attention_mask" in present else ()
 
     def encode(rows: list[Row], first: int) -> Encoded:
         for number, row in enumerate(rows, start=first):
-            for name in ("input_ids", "labels"):
-                if row[name] is None:
-                    raise DataError(f"row {number}: column {name} is null", row=number, column=name)
-            if task == "causal" and len(row["labels"]) != len(row["input_ids"]):
-                raise DataError(f"row {number}: {len(row['input_ids'])} input_ids but {len(row['labels'])} labels", row=number)
-        labels = [[row["labels"]] if task == "classification" else list(row["labels"]) for row in rows]
-        columns = {"input_ids": [list(row["input_ids"]) for row in rows], "labels": labels}
-        return Encoded(columns, [_counted(row[1:] if task == "causal" else row) for row in labels])
+            ids, labels = _integers(row, "input_ids", most_ids, number), _integers(row, "labels", most_labels, number)
+            if ids.min() < 0 or labels.min() < IGNORED or ((labels < 0) & (labels != IGNORED)).any():
+                raise DataError(f"row {number}: negative token ids; a label that is not learned is {IGNORED}", row=number)
+            if causal and len(labels) != len(ids):
+                raise DataError(f"row {number}: {len(ids)} input_ids but {len(labels)} labels; causal rows have as many", row=number)
+            if mask and not all(row["attention_mask"] or [0]):
+                raise DataError(f"row {number}: attention_mask has zeros: give the rows without padding, it is added here", row=number)
+        columns = {name: [list(row[name]) for row in rows] for name in ("input_ids", "labels")}
+        return Encoded(columns, [_counted(row[1:] if causal else row) for row in columns["labels"]])
 
-    return Form(("input_ids", "labels"), encode)
+    return Form(("input_ids", "labels", *mask), encode)
+
+
+def _integers(row: Row, column: str, limit: int | None, number: int) -> np.ndarray:
+    if row[column] is None:
+        raise DataError(f"row {number}: column {column} is null. Fill it or leave the row out of the data", row=number, column=column)
+    values = np.asarray(row[column])
+    if values.dtype.kind not in "iu" or values.ndim != 1 or not len(values):
+        raise DataError(f"row {number}: column {column} is no list of token ids: {str(row[column])[:60]}", row=number, column=column)
+    if limit is not None and len(values) > limit:
+        raise DataError(f"row {number}: {len(values)} {column}, over the recipe's limit of {limit}; ready rows are not cut", row=number)
+    return values
 
 
 def _classification(recipe: Recipe, tokenizer: Any, label_names: Sequence[str]) -> Form:
-    sources = recipe.data.source if isinstance(recipe.data.source, list) else [recipe.data.source or ""]
+    assert recipe.data.source is not None and recipe.data.target is not None
+    sources = recipe.data.source if isinstance(recipe.data.source, list) else [recipe.data.source]
     parsed = [templates.parse(source, "data.source") for source in sources]
-    label, limit = templates.Field(label_column(recipe)), recipe.data.max_length or DEFAULT_LENGTH
+    label, limit = templates.parse_field(recipe.data.target, "data.target"), limits(recipe)["max_length"]
+    _check_room(tokenizer, len(parsed), limit, "data.max_length")
     number_of = {name: index for index, name in enumerate(label_names)}
 
     def encode(rows: list[Row], first: int) -> Encoded:
-        texts = [[template.of(row, first + i) for i, row in enumerate(rows)] for template in parsed]
-        tokens, cut = _tokenize(tokenizer, *texts, limit=limit)
-        labels = [[_number(number_of, label.of(row, first + i), label, first + i)] for i, row in enumerate(rows)]
+        tokens, cut = _tokenize(tokenizer, *(_texts(template, rows, first) for template in parsed), limit=limit)
+        _check_not_empty(tokens["input_ids"], first)
+        labels = [[_number(number_of, label, row, number)] for number, row in enumerate(rows, start=first)]
         columns = {"input_ids": tokens["input_ids"], "labels": labels}
         if len(parsed) == 2 and "token_type_ids" in tokens:
             columns["token_type_ids"] = tokens["token_type_ids"]
-        return Encoded(columns, [1] * len(rows), {"source": cut})
+        return Encoded(columns, [1] * len(rows), {"source": int(cut.sum())})
 
     return Form((*(column for template in parsed for column in template.columns), label.column), encode)
 
 
-def _number(number_of: dict[str, int], value: Any, label: templates.Field, number: int) -> int:
+def _number(number_of: dict[str, int], label: templates.Field, row: Row, number: int) -> int:
+    value = label.of(row, number)
     if str(value) not in number_of:
-        raise DataError(
-            f"row {number}: column {label} is {value!r}, which is none of the {len(number_of)} labels", row=number, column=label.column
-        )
+        what = f"column {label} is {value!r}, which is none of the {len(number_of)} labels"
+        raise DataError(f"row {number}: {what}", row=number, column=label.column)
     return number_of[str(value)]
 
 
-def _tokenize(tokenizer: Any, *texts: list[str], limit: int = DEFAULT_LENGTH, **more: Any) -> tuple[dict[str, list[list[int]]], int]:
-    """(columns, rows cut). The tokenizer cuts, longest part of a pair first."""
-    tokens = tokenizer(*texts, truncation=True, max_length=limit, **more)
-    full = [len(ids) == limit for ids in tokens["input_ids"]]
-    if not any(full):
-        return tokens, 0
-    at_limit = [[text for text, is_full in zip(part, full, strict=True) if is_full] for part in (*texts, *more.values())]
-    whole = tokenizer(*at_limit[: len(texts)], **dict(zip(more, at_limit[len(texts) :], strict=True)))
-    return tokens, sum(len(ids) > limit for ids in whole["input_ids"])
+def _texts(template: templates.Template, rows: list[Row], first: int) -> list[str]:
+    return [template.of(row, number) for number, row in enumerate(rows, start=first)]
 
 
-def _ending_in_eos(ids: list[int], eos: int | None, limit: int) -> list[int]:
-    return ids if eos is None or ids[-1:] == [eos] else [*ids[: limit - 1], eos]
+def _check_room(tokenizer: Any, texts: int, limit: int, key: str) -> None:
+    """A tokenizer leaves a row whole, whatever the limit, where its special tokens alone pass it."""
+    special = tokenizer.num_special_tokens_to_add(texts == 2)
+    if limit <= special:
+        raise DataError(f"{key}: {limit} leaves no room beside the tokenizer's {special} special tokens; write at least {special + 1}")
 
 
-def _causal(rows: list[list[tuple[list[int], bool]]], limit: int, eos: int | None) -> Encoded:
-    """Spans end to end, labels where learned. A row over the limit is cut, and ends in EOS if its last token is learned."""
+def _check_not_empty(rows: list[list[int]], first: int) -> None:
+    for number, ids in enumerate(rows, start=first):
+        if not ids:
+            raise DataError(f"row {number}: the source is empty and the tokenizer adds no token of its own", row=number)
+
+
+def _tokenize(tokenizer: Any, *texts: list[str], limit: int, **more: Any) -> tuple[dict[str, list[list[int]]], np.ndarray]:
+    """(columns, which rows were cut). The tokenizer cuts, longest part of a pair first."""
+    tokens = tokenizer(*texts, truncation=True, max_length=limit, verbose=False, **more)
+    cut = np.array([len(ids) == limit for ids in tokens["input_ids"]], dtype=bool)
+    if cut.any():
+        full = np.flatnonzero(cut)
+        again = [[part[row] for row in full] for part in texts]
+        whole = tokenizer(*again, verbose=False, **{key: [part[row] for row in full] for key, part in more.items()})
+        cut[full] = [len(ids) > limit for ids in whole["input_ids"]]
+    return tokens, cut
+
+
+def _ending_in_eos(rows: list[list[int]], eos: int | None, limit: int) -> tuple[list[list[int]], np.ndarray]:
+    """(rows that end in EOS within the limit, which of them lost a token for it)."""
+    lacking = np.array([eos is not None and row[-1:] != [eos] for row in rows], dtype=bool)
+    ended = [[*row[: limit - 1], eos] if lacks and eos is not None else row for row, lacks in zip(rows, lacking, strict=True)]
+    return ended, lacking & np.array([len(row) >= limit for row in rows], dtype=bool)
+
+
+def _causal(rows: list[chat.Marked], limit: int, eos: int | None, first: int) -> Encoded:
+    """Labels where learned. A row over the limit is cut; if its last token is then learned it becomes `eos`, unless that is None."""
+    _check_not_empty([ids for ids, _ in rows], first)
     out = Encoded({"input_ids": [], "labels": []}, [], {"row": 0})
-    for spans in rows:
-        ids = [token for span, _ in spans for token in span]
-        labels = [token if learned else IGNORED for span, learned in spans for token in span]
+    for ids, learned in rows:
+        labels = [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
         if len(ids) > limit:
             ids, labels = ids[:limit], labels[:limit]
             out.truncated["row"] += 1

@@ -1,31 +1,29 @@
 """Rows from where the recipe says: a hub id, a folder, a save_to_disk folder, a file, a glob or a list of files.
 
 Files are sorted by path and rows stay in file order, so a row's number is its id. Nothing is guessed about a path: one that exists is
-local, one that looks like a path and does not exist is an error, anything else is a hub id.
+local, one that looks like a path and does not exist is an error, anything else is a hub id. Local files are read once into
+<storage_path>/.cache/datasets; hub sets lie where Hugging Face's own libraries keep them, so that a set fetched earlier is found offline.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 
+from trainkit.data.files import ENDINGS, READERS, globbed, is_pattern, read_files, reader_of, reason, stem_of
+from trainkit.data.hub import hub_is_reached, no_hub
 from trainkit.data.order import combine, permute
 from trainkit.errors import DataError
 from trainkit.planning.facts import DataFacts
 from trainkit.recipe.schema import Recipe
 
-READERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
-_HUB_PROBE_SECONDS = 5.0
-_SPLIT = re.compile(r"([^\[\]]+)(\[.*\])?")
+_HELD_OUT = 0x0E7A1  # keeps the held-out rows apart from the sample order, which has the same seed
+_SPLIT = re.compile(r"\s*([^\[\]+]+?)\s*(\[.*)?\s*")
+_OTHER_SPLITS = {"validation", "valid", "val", "dev", "eval", "test"}
 
 
 @dataclass(frozen=True)
@@ -37,186 +35,184 @@ class Rows:
 
 
 def load_rows(recipe: Recipe) -> Rows:
-    """Raises DataError for data that is missing, unreadable or empty."""
-    import datasets
-
-    datasets.disable_progress_bars()
+    """Raises DataError for data that is missing, unreadable or empty, and for a hub id without a hub."""
+    _quiet()
     train = _load(recipe, recipe.data.train, "data.train")
     if isinstance(recipe.data.eval, float):
         kept, held_out = hold_out(len(train), recipe.data.eval, recipe.train.seed)
-        return Rows(_not_empty(train.select(kept), "data.train"), _not_empty(train.select(held_out), "data.eval"))
+        if not len(kept):
+            raise DataError(f"data.eval: holding out {recipe.data.eval} leaves none of the {len(train)} rows to train on")
+        return Rows(train.select(kept), train.select(held_out))
     if recipe.data.eval is None:
         return Rows(train, None)
     return Rows(train, _load(recipe, recipe.data.eval, "data.eval"))
 
 
 def count_rows(recipe: Recipe) -> DataFacts:
-    """Rows to train on and to evaluate on, without tokenizing; of a hub set without downloading it."""
-    if not isinstance(recipe.data.path, str) or _is_local(recipe.data.path) or Path(recipe.data.train).exists():
+    """Rows to train on and to evaluate on, without tokenizing; of a hub set without downloading it.
+
+    A count that the hub does not tell is None. Raises DataError as load_rows does, with the fact hub=True where only the hub is missing.
+    """
+    if not isinstance(recipe.data.path, str) or _is_local(recipe.data.path) or Path(recipe.data.train).is_file():
         rows = load_rows(recipe)
         return DataFacts(len(rows.train), None if rows.eval is None else len(rows.eval))
+    _quiet()
     builder = _from_hub(recipe, "load_dataset_builder")
-    train = _counted(builder, recipe.data.train)
+    train = _counted(builder, recipe.data.train, "data.train")
     if isinstance(recipe.data.eval, float):
-        kept, held_out = hold_out(train or 0, recipe.data.eval, recipe.train.seed)
-        return DataFacts(len(kept), len(held_out)) if train is not None else DataFacts(None, None)
-    return DataFacts(train, None if recipe.data.eval is None else _counted(builder, recipe.data.eval))
+        if train is None:
+            return DataFacts(None, None)
+        kept, held_out = hold_out(train, recipe.data.eval, recipe.train.seed)
+        return DataFacts(len(kept), len(held_out))
+    if recipe.data.eval is None:
+        return DataFacts(train, None)
+    if Path(recipe.data.eval).is_file():
+        return DataFacts(train, len(_load(recipe, recipe.data.eval, "data.eval")))
+    return DataFacts(train, _counted(builder, recipe.data.eval, "data.eval"))
 
 
 def hold_out(rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(row numbers kept, row numbers held out), both ascending: a function of row count, fraction and seed alone."""
     count = min(rows, max(1, round(rows * fraction)))
-    held_out = np.sort(permute(np.arange(count), rows, combine(seed, 0x0E7A1))) if rows else np.empty(0, np.int64)
+    held_out = np.sort(permute(np.arange(count), rows, combine(seed, _HELD_OUT))) if rows else np.empty(0, np.int64)
     return np.setdiff1d(np.arange(rows), held_out), held_out
 
 
-@cache
-def hub_is_reached() -> bool:
-    """Probe the hub once; out of reach, the hub libraries go offline at once instead of retrying for half a minute."""
-    address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    try:
-        if not offline:
-            port = address.port or (443 if address.scheme == "https" else 80)
-            socket.create_connection((address.hostname or "", port), timeout=_HUB_PROBE_SECONDS).close()
-            return True
-    except OSError:
-        pass
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import huggingface_hub.constants
-
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
+def _quiet() -> None:
     import datasets
 
-    datasets.config.HF_HUB_OFFLINE = True
-    return False
-
-
-def no_hub(key: str, name: str) -> str:
-    """What to say when a hub id is neither local nor cached and the hub is not reached."""
-    return (
-        f"{key}: {name}: no such file or folder here, and the Hugging Face hub is not reached. "
-        "Write the path of a local folder, or connect to the hub (HF_ENDPOINT, proxy)"
-    )
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said once, by the error
 
 
 def _load(recipe: Recipe, wanted: str, key: str) -> Any:
     path = recipe.data.path
     if Path(wanted).is_file():
-        return _not_empty(_from_files(recipe, [Path(wanted)], "train", key), key)
-    split, _ = _parts(wanted, key)
+        rows = read_files([Path(wanted)], _cache(recipe), key)
+    elif isinstance(path, str) and not _is_local(path):
+        rows = _from_hub(recipe, "load_dataset", split=wanted)
+    else:
+        rows = _joined([_local_part(recipe, part, key) for part in wanted.split("+")], wanted, key)
+    if len(rows) == 0:
+        raise DataError(f"{key}: the data set is empty: {wanted!r} of {path} holds no rows")
+    return rows
+
+
+def _joined(parts: list[Any], wanted: str, key: str) -> Any:
+    """The parts of train+validation one after the other."""
+    import datasets
+
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        return datasets.concatenate_datasets(parts)
+    except ValueError as error:
+        raise DataError(f"{key}: {wanted!r}: the parts do not fit together: {reason(error)}") from None
+
+
+def _local_part(recipe: Recipe, wanted: str, key: str) -> Any:
+    """The rows of `train` or `train[:200]` in a local path."""
+    path = recipe.data.path
+    match = _SPLIT.fullmatch(wanted)
+    if match is None:
+        raise DataError(f"{key}: {wanted!r} is neither a file nor a split; write for example train or train[:200]")
+    split, part = match[1], match[2]
     if isinstance(path, str) and Path(path).is_dir() and _is_saved(Path(path)):
-        return _not_empty(_from_disk(Path(path), wanted, key), key)
-    if not isinstance(path, str) or _is_local(path):
-        return _not_empty(_from_files(recipe, _files_of_split(path, split, key), wanted, key), key)
-    return _not_empty(_from_hub(recipe, "load_dataset", split=wanted), key)
+        whole = _from_disk(Path(path), split, key)
+    elif isinstance(path, str) and Path(path).is_dir():
+        whole = read_files(_files_of_split(Path(path), split, key), _cache(recipe), key)
+    else:
+        whole = read_files(_named_files(path, split, key), _cache(recipe), key)
+    if part is None:
+        return whole
+    first, end = _bounds(f"rows{part}", len(whole), wanted, key)
+    return whole.select(range(first, end))
+
+
+def _bounds(instruction: str, rows: int, wanted: str, key: str) -> tuple[int, int]:
+    """First and last row, the last not included, of an instruction such as rows[:10%] about a split `rows`."""
+    import datasets
+
+    try:
+        (part,) = datasets.ReadInstruction.from_spec(instruction).to_absolute({"rows": rows})
+    except (ValueError, AssertionError) as error:
+        said = reason(error).replace(instruction, wanted)
+        raise DataError(f"{key}: {wanted!r} of {rows:,} rows: {said}; write for example train[:200] or train[:10%]") from None
+    return part.from_ or 0, rows if part.to is None else part.to
 
 
 def _is_local(path: str) -> bool:
     """Whether the path means this machine; raises DataError for one that can only mean it and does not exist."""
-    if Path(path).exists() or _globbed(path):
+    if Path(path).exists() or globbed(path):
         return True
     looks_local = path.startswith((".", "/", "~")) or path.endswith("/") or Path(path).suffix.lstrip(".") in (*READERS, "gz")
-    if looks_local or any(sign in path for sign in "*?["):
+    if looks_local or is_pattern(path):
         hint = " scripts/prepare_wikisql makes this folder." if "wikisql" in path.lower() else ""
         raise DataError(f"data.path: {path}: no such file or folder.{hint}")
     return False
-
-
-def _globbed(path: str) -> list[Path]:
-    """Files that a pattern with * ? or [ names, sorted; ** goes through folders."""
-    start = Path(path).anchor or "."
-    pattern = path.removeprefix(start) if Path(path).anchor else path
-    return sorted(file for file in Path(start).glob(pattern) if file.is_file()) if any(sign in path for sign in "*?[") else []
 
 
 def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").exists() or ((folder / "state.json").exists() and (folder / "dataset_info.json").exists())
 
 
-def _parts(wanted: str, key: str) -> tuple[str, str | None]:
-    match = _SPLIT.fullmatch(wanted)
-    if match is None:
-        raise DataError(f"{key}: {wanted!r} is neither a file nor a split; write for example train or train[:200]")
-    return match[1], match[2]
+def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
+    """A folder's files of a split: <split>.jsonl, else <split>-*.jsonl and the like or those in a folder <split>; or a file's own name.
+
+    A folder whose files name no split is the split train.
+    """
+    inside = {file: file.relative_to(folder) for file in folder.rglob("*") if reader_of(file) is not None and file.is_file()}
+    files = sorted(file for file, name in inside.items() if not any(part.startswith(".") for part in name.parts))
+    if not files:
+        raise DataError(f"data.path: {folder}: the folder holds no file that can be read: {ENDINGS}")
+    named = [file for file in files if split in (inside[file].as_posix(), stem_of(file))]
+    if not named:
+        named = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.name) or split in inside[file].parts[:-1]]
+    if named:
+        return _once(named, key)
+    names = sorted({re.split(r"[-_.]", file.name)[0] for file in files} | {part for file in files for part in inside[file].parts[:-1]})
+    if split == "train" and not _OTHER_SPLITS & set(names):
+        return _once(files, key)
+    raise DataError(f"{key}: {folder} has no files of a split {split!r}; it has {', '.join(names)}")
 
 
-def _files_of_split(path: str | list[str], split: str, key: str) -> list[Path]:
-    """A folder's files of a split, by their names; a file, a glob or a list of files is the split train."""
-    if isinstance(path, str) and Path(path).is_dir():
-        files = sorted(file for file in Path(path).rglob("*") if _reader_of(file) is not None and not file.name.startswith("."))
-        named = [file for file in files if re.match(rf"{re.escape(split)}([-_.]|$)", file.name)]
-        if not files:
-            raise DataError(f"data.path: {path}: the folder holds no {', '.join(f'.{ending}' for ending in READERS)} file (.gz too)")
-        if named:
-            return named
-        names = sorted({re.split(r"[-_.]", file.name)[0] for file in files})
-        if split == "train" and not {"validation", "test", "dev", "valid"} & set(names):
-            return files
-        raise DataError(f"{key}: {path} has no files of a split {split!r}; it has {', '.join(names)}")
-    if split != "train":
-        raise DataError(f"{key}: {split!r}: data.path names files, which are the split train; write the file of this split")
-    files = [Path(name) for name in path] if isinstance(path, list) else (_globbed(path) or [Path(path)])
+def _once(files: list[Path], key: str) -> list[Path]:
     for file in files:
-        if not file.is_file():
-            raise DataError(f"data.path: {file}: no such file")
-        if _reader_of(file) is None:
-            raise DataError(
-                f"data.path: {file}: no reader for this ending; write {', '.join(f'.{ending}' for ending in READERS)}, also .gz"
-            )
-    return sorted(files)
+        if file.suffix == ".gz" and file.with_suffix("") in files:
+            raise DataError(f"{key}: {file} and {file.with_suffix('').name} are the same rows twice: remove one of them")
+    return files
 
 
-def _reader_of(file: Path) -> str | None:
-    parts = file.name.lower().split(".")
-    ending = parts[-2] if parts[-1] == "gz" and len(parts) > 2 else parts[-1]
-    return READERS.get(ending)
+def _named_files(path: str | list[str], split: str, key: str) -> list[Path]:
+    """The files that data.path names one by one or by globs, sorted: they are the split train."""
+    if split != "train":
+        no_split = "data.path names files, which are the split train; write the file of this split"
+        raise DataError(f"{key}: {split!r}: {'no such file' if reader_of(Path(split)) else no_split}")
+    files: list[Path] = []
+    for name in path if isinstance(path, list) else [path]:
+        found = [Path(name)] if Path(name).exists() else globbed(name)
+        if not found:
+            raise DataError(f"data.path: {name}: no such file")
+        if found[0].is_dir():
+            raise DataError(f"data.path: {name}: is a folder; write it alone, or write a glob of its files")
+        files += found
+    return _once(sorted(files), key)
 
 
-def _from_files(recipe: Recipe, files: Sequence[Path], wanted: str, key: str) -> Any:
-    import datasets
-
-    readers = {_reader_of(file) for file in files}
-    if len(readers) != 1 or None in readers:
-        raise DataError(f"{key}: files of several kinds in one split: {', '.join(file.name for file in files[:4])}")
-    split, _ = _parts(wanted, key) if wanted != "train" else ("train", None)
-    try:
-        whole = datasets.load_dataset(
-            readers.pop(), data_files={"rows": [str(file) for file in files]}, split="rows", cache_dir=str(_cache(recipe))
-        )
-    except Exception as error:  # datasets wraps each reader's errors in its own
-        names = ", ".join(str(file) for file in files[:4]) + (" and others" if len(files) > 4 else "")
-        raise DataError(f"{key}: cannot read {names}: {_reason(error)}") from None
-    return _sliced(whole, split, wanted, key)
-
-
-def _from_disk(folder: Path, wanted: str, key: str) -> Any:
+def _from_disk(folder: Path, split: str, key: str) -> Any:
     import datasets
 
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:
-        raise DataError(f"data.path: {folder}: this save_to_disk folder cannot be read: {_reason(error)}") from None
-    split, _ = _parts(wanted, key)
+        raise DataError(f"data.path: {folder}: this save_to_disk folder cannot be read: {reason(error)}") from None
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DataError(f"{key}: {folder} has no split {split!r}; it has {', '.join(saved)}")
-        saved = saved[split]
-    elif split != "train":
+        return saved[split]
+    if split != "train":
         raise DataError(f"{key}: {folder} holds one set, which is the split train; there is no {split!r}")
-    return _sliced(saved, split, wanted, key)
-
-
-def _sliced(whole: Any, split: str, wanted: str, key: str) -> Any:
-    import datasets
-
-    if wanted == split:
-        return whole
-    try:
-        (part,) = datasets.ReadInstruction.from_spec(wanted).to_absolute({split: len(whole)})
-    except (ValueError, AssertionError) as error:
-        raise DataError(f"{key}: {wanted!r}: {_reason(error)}; write for example train[:200] or train[:10%]") from None
-    return whole.select(range(part.from_ or 0, len(whole) if part.to is None else part.to))
+    return saved
 
 
 def _from_hub(recipe: Recipe, how: str, **more: Any) -> Any:
@@ -224,44 +220,31 @@ def _from_hub(recipe: Recipe, how: str, **more: Any) -> Any:
 
     reached = hub_is_reached()
     try:
-        return getattr(datasets, how)(
-            recipe.data.path, recipe.data.name, revision=recipe.data.revision, cache_dir=str(_cache(recipe)), **more
-        )
+        return getattr(datasets, how)(recipe.data.path, recipe.data.name, revision=recipe.data.revision, **more)
     except Exception as error:
-        if not reached:
-            raise DataError(no_hub("data.path", str(recipe.data.path)), hub=True) from None
         if "script" in str(error).lower():
             raise DataError(
                 f"data.path: {recipe.data.path}: this hub set is a script, which datasets 5 does not run. "
                 "Prepare a folder of files instead; for WikiSQL scripts/prepare_wikisql does it"
             ) from None
-        raise DataError(f"data.path: {recipe.data.path}: {_reason(error)}") from None
+        if not reached:
+            raise DataError(no_hub("data.path", str(recipe.data.path)), hub=True) from None
+        raise DataError(f"data.path: {recipe.data.path}: {reason(error)}") from None
 
 
-def _counted(builder: Any, wanted: str) -> int | None:
-    split, part = _parts(wanted, "data.train")
-    known = builder.info.splits or {}
-    if split not in known:
+def _counted(builder: Any, wanted: str, key: str) -> int | None:
+    """Rows of `train[:200]` or `train+validation` by the hub's own record; None where it keeps none."""
+    known, total = builder.info.splits, 0
+    if not known:
         return None
-    import datasets
-
-    count = known[split].num_examples
-    if part is None:
-        return count
-    (absolute,) = datasets.ReadInstruction.from_spec(wanted).to_absolute({split: count})
-    return (count if absolute.to is None else absolute.to) - (absolute.from_ or 0)
+    for match in (_SPLIT.fullmatch(part) for part in wanted.split("+")):
+        if match is None or match[1] not in known:
+            raise DataError(f"{key}: the data set has no split {wanted!r}; it has {', '.join(known)}")
+        rows = known[match[1]].num_examples
+        first, end = (0, rows) if match[2] is None else _bounds(f"rows{match[2]}", rows, wanted, key)
+        total += end - first
+    return total
 
 
 def _cache(recipe: Recipe) -> Path:
     return Path(recipe.run.storage_path) / ".cache" / "datasets"
-
-
-def _not_empty(rows: Any, key: str) -> Any:
-    if len(rows) == 0:
-        raise DataError(f"{key}: the data set is empty")
-    return rows
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]

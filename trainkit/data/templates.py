@@ -28,7 +28,7 @@ class Field:
         return self.column + "".join(f"[{part}]" for part in self.path)
 
     def of(self, row: Mapping[str, Any], number: int) -> Any:
-        """The value in a row; raises DataError naming the row where it is null or not there."""
+        """The value in a row; raises DataError naming the row where it is null (also not a number) or not there."""
         value = row[self.column]
         for part in self.path:
             if isinstance(value, Sequence) and not isinstance(value, str) and part.isdigit() and int(part) < len(value):
@@ -37,11 +37,19 @@ class Field:
                 value = value[part]
             else:
                 raise DataError(f"row {number}: {self}: there is no {part!r} in {str(value)[:60]!r}", row=number, column=self.column)
-        if value is None:
+        if value is None or value != value:
             raise DataError(
                 f"row {number}: column {self} is null. Fill it or leave the row out of the data", row=number, column=self.column
             )
         return value
+
+    def text_of(self, row: Mapping[str, Any], number: int) -> str:
+        """The value as text; raises DataError for a list, a mapping or bytes, whose Python spelling nobody wants to learn."""
+        value = self.of(row, number)
+        if isinstance(value, (Mapping, list, bytes)):
+            field = f": name one of its fields, for example {{{self}[{next(iter(value))}]}}" if value and isinstance(value, Mapping) else ""
+            raise DataError(f"row {number}: column {self} holds a {type(value).__name__}, not text{field}", row=number, column=self.column)
+        return str(value)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Template:
         return [piece.column for piece in self.pieces if isinstance(piece, Field)]
 
     def of(self, row: Mapping[str, Any], number: int) -> str:
-        return "".join(piece if isinstance(piece, str) else str(piece.of(row, number)) for piece in self.pieces)
+        return "".join(piece if isinstance(piece, str) else piece.text_of(row, number) for piece in self.pieces)
 
 
 def parse(text: str, key: str) -> Template:
@@ -72,6 +80,14 @@ def parse(text: str, key: str) -> Template:
         else:
             raise DataError(f"{key}: {text!r}: {match[0]!r} is no column in braces; write a brace itself as '{{{{' or '}}}}'")
     return Template(tuple(piece for piece in [*pieces, text[end:]] if piece != ""))
+
+
+def parse_field(text: str, key: str) -> Field:
+    """The one column of `label`, `{label}` or `{answers[text]}`; raises DataError for anything else."""
+    pieces = parse(text if "{" in text else f"{{{text}}}", key).pieces
+    if len(pieces) != 1 or not isinstance(pieces[0], Field):
+        raise DataError(f"{key}: {text!r}: name one column, for example label or {{label}}")
+    return pieces[0]
 
 
 def check_columns(wanted: Sequence[str], present: Sequence[str], key: str) -> None:

@@ -8,30 +8,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainkit.data import templates
 from trainkit.data.arrays import TokenArrays, Writer, read_manifest
-from trainkit.data.encoding import Form, form_of, label_column
-from trainkit.data.source import Rows, hub_is_reached, load_rows, no_hub
+from trainkit.data.encoding import Form, form_of, limits
+from trainkit.data.hub import hub_is_reached, no_hub
+from trainkit.data.source import Rows, load_rows
 from trainkit.errors import DataError
 from trainkit.recipe.schema import Recipe
 
-__all__ = ["LoadedTokenizer", "Prepared", "TokenArrays", "load_tokenizer", "prepare"]
+__all__ = ["LoadedTokenizer", "Prepared", "SplitReport", "TokenArrays", "load_tokenizer", "prepare"]
 
-FORMAT = 1
+FORMAT = 2  # part of the cache's key: raise it when the same rows would be encoded otherwise
 CHUNK = 2000
 Progress = Callable[[int, int], None]
+_INTEGER = re.compile(r"0|-?[1-9]\d*")
+_FRACTION = re.compile(r"[+-]?\d*\.\d+(?:[eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
     tokenizer: Any
     note: str | None  # what had to be chosen
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What tokenizing made of one split. Tokens are counted per column (input_ids, labels); a label of -100 is no token."""
+
+    rows: int
+    truncated: dict[str, int]  # part of the row (seq2seq: source, target; causal: row) to number of rows cut at the limit
+    unlabelled: int  # rows without a label left: they stay in the data and count 0 in N
+    longest: dict[str, int]
+    tokens: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class Prepared:
     eval: str | None
     label_names: list[str] | None  # classification: number to name
     notes: list[str] = field(default_factory=list)
+    report: dict[str, SplitReport] = field(default_factory=dict)  # by train and eval
 
 
 def load_tokenizer(recipe: Recipe) -> LoadedTokenizer:
@@ -69,29 +85,32 @@ def load_tokenizer(recipe: Recipe) -> LoadedTokenizer:
 
 
 def prepare(recipe: Recipe, progress: Progress | None = None) -> Prepared:
-    """Tokenize what is not tokenized yet. `progress(done, total)` counts rows over both splits."""
+    """Tokenize what is not tokenized yet. `progress(done, total)` counts rows over both splits.
+
+    Raises DataError for everything wrong with data, templates and tokenizer, naming row and column where there is one.
+    """
     loaded = load_tokenizer(recipe)
     rows = load_rows(recipe)
     names = _label_names(recipe, rows) if recipe.model.task == "classification" else None
-    form = form_of(recipe, loaded.tokenizer, names)
+    form = form_of(recipe, loaded.tokenizer, names, rows.train.column_names)
     splits = {"train": rows.train} | ({} if rows.eval is None else {"eval": rows.eval})
     for split, part in splits.items():
         templates.check_columns(form.columns, part.column_names, f"data.{split}")
-    key, total, done = _settings_key(recipe, loaded.tokenizer, names), sum(map(len, splits.values())), 0
-    folders, notes = {}, [] if loaded.note is None else [loaded.note]
+    settings, total, done = _settings_key(recipe, loaded.tokenizer, names), sum(map(len, splits.values())), 0
+    folders, report = {}, {}
     for split, part in splits.items():
         part = part.select_columns(list(dict.fromkeys(form.columns)))
-        folder = Path(recipe.run.storage_path) / ".cache" / "tokens" / _content_key(part, key)
+        folder = Path(recipe.run.storage_path) / ".cache" / "tokens" / _content_key(part, settings)
         if read_manifest(folder) is None:
             _tokenize(part, form, folder, progress, done, total)
         done += len(part)
         if progress is not None:
             progress(done, total)
-        folders[split] = str(folder)
-        notes += _notes(split, TokenArrays.open(folder))
-    _check_labels(TokenArrays.open(folders["train"]))
-    shown = None if names is None else _shown_names(recipe, rows, names)
-    return Prepared(folders["train"], folders.get("eval"), shown, notes)
+        folders[split], report[split] = str(folder), _report(TokenArrays.open(folder))
+    if report["train"].unlabelled == report["train"].rows:
+        raise DataError("data.train: no row has a label to learn: the prompts fill the length limit, or no turn is an assistant's")
+    notes = [note for note in (loaded.note, *_notes(report)) if note]
+    return Prepared(folders["train"], folders.get("eval"), None if names is None else _shown_names(recipe, rows, names), notes, report)
 
 
 def _tokenize(part: Any, form: Form, folder: Path, progress: Progress | None, done: int, total: int) -> None:
@@ -110,69 +129,85 @@ def _tokenize(part: Any, form: Form, folder: Path, progress: Progress | None, do
         raise DataError(f"{folder.parent}: the token cache cannot be written: {error.strerror or error}") from None
 
 
-def _check_labels(arrays: TokenArrays) -> None:
-    if int(arrays.label_tokens.sum()) == 0:
-        raise DataError("data.train: no row has a label to learn: the prompts fill the length limit, or no turn is an assistant's")
+def _report(arrays: TokenArrays) -> SplitReport:
+    columns = {name: arrays.column(name) for name in ("input_ids", "labels")}
+    return SplitReport(
+        rows=arrays.rows,
+        truncated=arrays.manifest["truncated"],
+        unlabelled=int((arrays.label_tokens == 0).sum()),
+        longest={name: int(column.lengths.max()) for name, column in columns.items()},
+        tokens={"input_ids": len(columns["input_ids"].values), "labels": int(arrays.label_tokens.sum(dtype="int64"))},
+    )
 
 
-def _notes(split: str, arrays: TokenArrays) -> list[str]:
-    notes = [
-        f"data.{split}: {number:,} of {arrays.rows:,} rows cut at the limit ({part})"
-        for part, number in arrays.manifest["truncated"].items()
-        if number
-    ]
-    unlabelled = int((arrays.label_tokens == 0).sum())
-    return notes + ([f"data.{split}: {unlabelled:,} of {arrays.rows:,} rows have no label left"] if unlabelled else [])
+def _notes(report: dict[str, SplitReport]) -> Iterator[str]:
+    for split, found in report.items():
+        for part, number in found.truncated.items():
+            if number:
+                yield f"data.{split}: {number:,} of {found.rows:,} rows cut at the limit ({part})"
+        if found.unlabelled:
+            yield f"data.{split}: {found.unlabelled:,} of {found.rows:,} rows have no label left"
 
 
 def _label_names(recipe: Recipe, rows: Rows) -> list[str]:
-    """Names of the classes over the whole set, in the order of their numbers.
+    """Spellings of the classes over the whole set, in the order of their numbers.
 
-    ClassLabel keeps its order, integers 0..n-1 keep their value, everything else is sorted. Raises DataError for numbers with a fraction.
+    ClassLabel keeps its numbers. Integers, also written as text, are in the order of their values, so that 0..n-1 keep them; everything
+    else is sorted as text. Raises DataError for null, and for numbers with a fraction.
     """
     import datasets
 
-    column = label_column(recipe)
+    assert recipe.data.target is not None
+    label = templates.parse_field(recipe.data.target, "data.target")
     parts = [part for part in (rows.train, rows.eval) if part is not None]
     for part in parts:
-        templates.check_columns([column], part.column_names, "data.target")
-    feature = rows.train.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return [str(number) for number in range(feature.num_classes)]
-    values = {value for part in parts for value in part.unique(column)}
-    if None in values:
-        where = next(i for part in parts for i, value in enumerate(part[column]) if value is None)
-        raise DataError(f"row {where}: column {column} is null. Fill it or leave the row out of the data", row=where, column=column)
-    if any(isinstance(value, float) for value in values):
-        raise DataError(f"data.target: column {column} holds numbers with a fraction; classification needs strings, integers or booleans")
-    if all(isinstance(value, int) for value in values) and not any(isinstance(value, bool) for value in values):
-        if min(values) >= 0 and max(values) < 1000:
-            return [str(number) for number in range(max(values) + 1)]
-        return [str(value) for value in sorted(values)]
-    return sorted(str(value) for value in values)
+        templates.check_columns([label.column], part.column_names, "data.target")
+    features = [part.features[label.column] for part in parts]
+    if isinstance(features[0], datasets.ClassLabel):
+        if any(getattr(feature, "names", None) != features[0].names for feature in features):
+            raise DataError(f"data.eval: the labels of column {label} have other names than those to train on")
+        return [str(number) for number in range(features[0].num_classes)]
+    values = {value for part in parts for value in _values(part, label)}
+    if any(isinstance(value, float) or (isinstance(value, str) and _FRACTION.fullmatch(value)) for value in values):
+        raise DataError(f"data.target: column {label} holds numbers with a fraction; classification needs strings, integers or booleans")
+    names = {str(value) for value in values}
+    return sorted(names, key=int) if all(_INTEGER.fullmatch(name) for name in names) else sorted(names)
+
+
+def _values(part: Any, label: templates.Field) -> set[Any]:
+    """Different values of a label column; raises DataError for null and for what is no single value."""
+    found: set[Any] = set()
+    number = 0
+    for batch in part.select_columns([label.column]).iter(batch_size=10_000):
+        for value in batch[label.column]:
+            row = {label.column: value}
+            label.text_of(row, number)
+            found.add(label.of(row, number))
+            number += 1
+    return found
 
 
 def _shown_names(recipe: Recipe, rows: Rows, names: Sequence[str]) -> list[str]:
     """What id2label says: a ClassLabel's names, else the labels themselves."""
-    feature = rows.train.features[label_column(recipe)]
-    return list(getattr(feature, "names", None) or names)
+    label = templates.parse_field(recipe.data.target or "", "data.target")
+    return list(getattr(rows.train.features[label.column], "names", None) or names)
 
 
 def _settings_key(recipe: Recipe, tokenizer: Any, names: Sequence[str] | None) -> str:
     data = recipe.data
     wording = [data.source, data.target, data.messages if isinstance(data.messages, str) else [m.model_dump() for m in data.messages or []]]
-    limits = [data.max_source_length, data.max_target_length, data.max_length]
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    pieces = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    special = [str(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
-    return hashlib.sha256(json.dumps([FORMAT, recipe.model.task, wording, limits, names, pieces, special]).encode()).hexdigest()
+    pieces = backend.to_str() if backend is not None else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    special = [str(tokenizer.special_tokens_map), str(tokenizer.chat_template), tokenizer.truncation_side]
+    written = [FORMAT, recipe.model.task, wording, limits(recipe), names, pieces, special]
+    return hashlib.sha256(json.dumps(written).encode()).hexdigest()
 
 
 def _content_key(part: Any, settings: str) -> str:
     """Of the rows' values themselves, read once in chunks."""
     digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for table in part.with_format("arrow").iter(batch_size=10_000):
-        digest.update(json.dumps(table.column_names).encode())
+        digest.update(str(table.schema.remove_metadata()).encode())
         for batch in table.combine_chunks().to_batches():
             digest.update(batch.serialize())
     return digest.hexdigest()

@@ -20,7 +20,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,6 +60,7 @@ class WorkerError:
     step: int  # the last finished optimizer step
     kind: str  # the class's name
     message: str
+    facts: dict[str, Any] = field(default_factory=dict)  # of an error of ours, where they are plain values
 
 
 class RunFolder:
@@ -144,7 +145,8 @@ class RunFolder:
     def write_error(self, rank: int, step: int, error: BaseException, traceback: str) -> None:
         """Leave a rank's error where the driver finds it, whatever becomes of the process."""
         write_whole(self.traceback_path(rank), traceback)
-        left = WorkerError(time.time(), rank, step, type(error).__name__, getattr(error, "message", None) or str(error))
+        facts = {name: value for name, value in getattr(error, "facts", {}).items() if isinstance(value, str | int | float | None)}
+        left = WorkerError(time.time(), rank, step, type(error).__name__, getattr(error, "message", None) or str(error), facts)
         write_whole(self.ray / "errors" / f"rank-{rank}.json", _pretty(asdict(left)))
 
     def traceback_path(self, rank: int) -> Path:
