@@ -52,14 +52,17 @@ def run_worker(job: Job) -> dict[str, Any] | None:
 
     An error is written to the run folder before it is raised: the first one is what the user reads, whatever follows it on other ranks.
     """
-    worker = Worker(job)
+    worker: Worker | None = None
     try:
+        worker = Worker(job)
         return worker.run()
     except BaseException as error:
-        worker.folder.write_error(worker.rank, worker.step, error, traceback.format_exc())
+        step = 0 if worker is None else worker.step
+        RunFolder(job.run_folder).write_error(dist.get_rank(), step, error, traceback.format_exc())
         raise
     finally:
-        worker.close()
+        if worker is not None:
+            worker.close()
 
 
 class Worker:

@@ -1,0 +1,388 @@
+"""Rows from every place that a recipe may name, in their order, as they are written; and what is said when they cannot be had."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainkit.data import hub, source
+from trainkit.data.source import count_rows, hold_out, load_rows
+from trainkit.errors import DataError
+from trainkit.recipe.schema import Recipe
+
+Load = Any
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Load:
+    """A recipe with these keys under data."""
+
+    def make(**data: Any) -> Recipe:
+        sections = {"model": {"path": "none", "task": "seq2seq"}, "batch": {"samples": 2}, "optimizer": {"lr": 0.1}}
+        return Recipe.model_validate(
+            {"name": "r", "data": data, "train": {"epochs": 1}, "run": {"storage_path": str(tmp_path / "runs")}} | sections
+        )
+
+    return make
+
+
+@pytest.fixture
+def load(recipe: Load) -> Load:
+    """The q column of the rows to train on; the counts without tokenizing must agree."""
+
+    def read(**data: Any) -> list[Any]:
+        made = recipe(**data)
+        rows = load_rows(made)
+        facts = count_rows(made)
+        assert (facts.train_rows, facts.eval_rows) == (len(rows.train), None if rows.eval is None else len(rows.eval))
+        return list(rows.train["q"])
+
+    return read
+
+
+def write(file: Path, *values: Any, split: str = "") -> Path:
+    """A file of rows with one column q (and `split`) in the kind that its ending says."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kind = file.name.removesuffix(".gz").rpartition(".")[2]
+    rows = [{"q": value, "split": split} for value in values]
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(file))
+        return file
+    text = "".join(json.dumps(row) + "\n" for row in rows) if kind == "jsonl" else json.dumps(rows)
+    if kind == "csv":
+        text = "q,split\n" + "".join(f'"{value}",{split}\n' for value in values)
+    file.write_bytes(gzip.compress(text.encode()) if file.suffix == ".gz" else text.encode())
+    return file
+
+
+# Where rows come from
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet", "json.gz", "jsonl.gz", "csv.gz"])
+def test_every_kind_of_file_is_read_alone_and_in_a_folder(load: Load, tmp_path: Path, ending: str) -> None:
+    write(tmp_path / "d" / f"train.{ending}", "b", "a")
+    write(tmp_path / "d" / f"validation.{ending}", "v")
+    assert load(path=str(tmp_path / "d" / f"train.{ending}")) == ["b", "a"]
+    assert load(path=str(tmp_path / "d"), eval="validation") == ["b", "a"]
+    assert load(path=str(tmp_path / "d"), train="validation") == ["v"]
+
+
+def test_files_are_sorted_by_path_and_rows_keep_their_order(load: Load, tmp_path: Path) -> None:
+    names = ["b.jsonl", "a.jsonl", "c/a.jsonl"]
+    files = [write(tmp_path / "d" / name, f"{name}-2", f"{name}-1") for name in names]
+    wanted = ["a.jsonl-2", "a.jsonl-1", "b.jsonl-2", "b.jsonl-1", "c/a.jsonl-2", "c/a.jsonl-1"]
+    assert load(path=str(tmp_path / "d")) == wanted
+    assert load(path=[str(file) for file in files]) == wanted
+    assert load(path=str(tmp_path / "d" / "**" / "*.jsonl")) == wanted
+    assert load(path=[str(tmp_path / "d" / "c" / "*"), str(tmp_path / "d" / "[ab].jsonl")]) == wanted
+
+
+def test_a_split_is_its_file_else_its_shards_else_its_folder(load: Load, tmp_path: Path) -> None:
+    write(tmp_path / "a" / "train-00001.jsonl", "2")
+    write(tmp_path / "a" / "train-00000.jsonl", "1")
+    write(tmp_path / "a" / "dev.jsonl", "3")
+    assert load(path=str(tmp_path / "a"), eval="dev") == ["1", "2"]
+    write(tmp_path / "a" / "train.jsonl", "0")
+    assert load(path=str(tmp_path / "a")) == ["0"], "train.jsonl is the split; other files only resemble it"
+    write(tmp_path / "b" / "train" / "x.jsonl", "1")
+    write(tmp_path / "b" / "test" / "x.jsonl", "2")
+    assert load(path=str(tmp_path / "b"), train="test") == ["2"]
+    assert load(path=str(tmp_path / "b"), train="test/x.jsonl") == ["2"]
+
+
+def test_hidden_files_are_no_data(load: Load, tmp_path: Path) -> None:
+    write(tmp_path / "d" / "x.jsonl", "1")
+    write(tmp_path / "d" / ".x.jsonl", "2")
+    write(tmp_path / "d" / ".cache" / "y.jsonl", "3")
+    assert load(path=str(tmp_path / "d")) == ["1"]
+
+
+def test_saved_sets_are_read(load: Load, tmp_path: Path) -> None:
+    one = datasets.Dataset.from_dict({"q": ["a", "b", "c"]})
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "test": one.select([2])}).save_to_disk(tmp_path / "two")
+    assert load(path=str(tmp_path / "one"), train="train[1:]") == ["b", "c"]
+    assert load(path=str(tmp_path / "two"), eval="test") == ["a", "b", "c"]
+    assert load(path=str(tmp_path / "two"), train="test") == ["c"]
+    with pytest.raises(DataError, match=r"has no split 'dev'; it has train, test"):
+        load(path=str(tmp_path / "two"), train="dev")
+    with pytest.raises(DataError, match="holds one set, which is the split train"):
+        load(path=str(tmp_path / "one"), train="test")
+
+
+def test_train_and_eval_may_be_files(load: Load, recipe: Load, tmp_path: Path) -> None:
+    train, other = write(tmp_path / "x.jsonl", "1", "2"), write(tmp_path / "y.jsonl", "3")
+    assert load(path=str(train), eval=str(other)) == ["1", "2"]
+    assert load(path=str(tmp_path), train=str(other)) == ["3"]
+    assert load_rows(recipe(path=str(train), eval=str(other))).eval["q"] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "numbers"),
+    [("train[:3]", [0, 1, 2]), ("train[:20%]", [0, 1]), ("train[-2:]", [8, 9]), ("train[50%:70%]", [5, 6]),
+     ("train[:1]+train[9:]", [0, 9]), ("train[8:]+dev", [8, 9, 100])],
+)  # fmt: skip
+def test_slices_are_those_of_datasets(load: Load, tmp_path: Path, wanted: str, numbers: list[int]) -> None:
+    write(tmp_path / "d" / "train.jsonl", *range(10))
+    write(tmp_path / "d" / "dev.jsonl", 100)
+    assert load(path=str(tmp_path / "d"), train=wanted) == numbers
+
+
+@pytest.mark.parametrize("wanted", ["train[a:b]", "train[:99]", "train[3", "[:3]", "train[5:5]"])
+def test_a_slice_that_cannot_be_is_an_error(load: Load, tmp_path: Path, wanted: str) -> None:
+    write(tmp_path / "d" / "train.jsonl", *range(10))
+    with pytest.raises(DataError, match=r"data\.train: "):
+        load(path=str(tmp_path / "d"), train=wanted)
+
+
+# Rows as they are written
+
+
+def test_dates_stay_text(load: Load, tmp_path: Path) -> None:
+    dates = ["2020-01-01", "2021-12-31"]
+    for name in ("x.jsonl", "x.json", "y.jsonl.gz"):
+        assert load(path=str(write(tmp_path / name, *dates))) == dates
+    nested = tmp_path / "n.jsonl"
+    nested.write_text("".join(json.dumps({"q": {"when": [date], "n": 1}}) + "\n" for date in dates))
+    assert load(path=str(nested)) == [{"when": [date], "n": 1} for date in dates]
+
+
+def test_a_csv_cell_is_the_text_that_stands_there(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b'\xef\xbb\xbfq,n\r\n007,1\r\nNA,2\r\n"a, ""b""\nc",3\r\n1.10,4\r\n,5\r\n')
+    assert load(path=str(tmp_path / "x.csv")) == ["007", "NA", 'a, "b"\nc', "1.10", None]
+
+
+def test_a_name_with_wildcards_in_it_is_a_file(load: Load, tmp_path: Path) -> None:
+    assert load(path=str(write(tmp_path / "a[1]" / "x*?.jsonl", "1"))) == ["1"]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.parquet"])
+def test_new_content_under_the_old_date_is_read_anew(load: Load, tmp_path: Path, name: str) -> None:
+    for value in ("1", "2"):
+        file = write(tmp_path / name, value)
+        os.utime(file, (1, 1))
+        assert load(path=str(file)) == [value]
+
+
+def test_local_files_are_cached_under_the_storage_path(load: Load, tmp_path: Path) -> None:
+    load(path=str(write(tmp_path / "d" / "x.jsonl", "1")))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["d", "runs"]
+    assert [entry.name for entry in (tmp_path / "d").iterdir()] == ["x.jsonl"]
+    assert list((tmp_path / "runs" / ".cache" / "datasets").rglob("*.arrow"))
+
+
+# Rows held out
+
+
+@given(rows=st.integers(0, 400), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 2**32))
+def test_held_out_rows_are_lost_to_training(rows: int, fraction: float, seed: int) -> None:
+    kept, held_out = hold_out(rows, fraction, seed)
+    assert sorted([*kept, *held_out]) == list(range(rows))
+    assert list(kept) == sorted(kept) and list(held_out) == sorted(held_out)
+    assert len(held_out) == min(rows, max(1, round(rows * fraction)))
+    assert np.array_equal(held_out, hold_out(rows, fraction, seed)[1])
+
+
+def test_the_seed_decides_which_rows_are_held_out(recipe: Load, tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", *range(100))
+    rows = load_rows(recipe(path=str(file), eval=0.1))
+    assert len(rows.eval) == 10 and sorted([*rows.train["q"], *rows.eval["q"]]) == list(range(100))
+    assert not np.array_equal(hold_out(100, 0.1, 1)[1], hold_out(100, 0.1, 2)[1])
+    with pytest.raises(DataError, match="leaves none of the 1 rows"):
+        load_rows(recipe(path=str(write(tmp_path / "y.jsonl", 0)), eval=0.5))
+
+
+# What cannot be read
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("x.jsonl", b""), ("x.jsonl", b"\n"), ("x.json", b"[]"), ("x.csv", b""), ("x.csv", b"q,n\n"), ("x.jsonl.gz", gzip.compress(b""))],
+)
+def test_an_empty_set_is_an_error(load: Load, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=r"data\.train: the data set is empty"):
+        load(path=str(tmp_path / name))
+
+
+def test_an_empty_file_among_others_is_no_error(load: Load, tmp_path: Path) -> None:
+    write(tmp_path / "d" / "a.jsonl")
+    write(tmp_path / "d" / "b.jsonl", "1")
+    assert load(path=str(tmp_path / "d")) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("b.jsonl", b'{"q": "1"}\n{"q": \n'), ("b.jsonl", os.urandom(300)), ("b.parquet", b"PAR1 no"), ("b.jsonl.gz", b"no"),
+     ("b.jsonl.gz", gzip.compress(b'{"q": "1"}\n')[:-5]), ("b.csv", b'q\n"open')],
+)  # fmt: skip
+def test_a_broken_file_among_whole_ones_is_named(load: Load, tmp_path: Path, name: str, content: bytes) -> None:
+    ending = name.partition(".")[2]
+    for good in "aceghk":
+        write(tmp_path / "d" / f"{good}.{ending}", "1", "2")
+    (tmp_path / "d" / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"data\\.train: cannot read {tmp_path}/d/{name}: .+"):
+        load(path=str(tmp_path / "d"))
+
+
+def test_files_that_do_not_fit_together_are_an_error(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("q,n\n1,2\n")
+    (tmp_path / "b.csv").write_text("q,m\n1,2\n")
+    with pytest.raises(DataError, match=r"a\.csv, .*b\.csv do not fit together"):
+        load(path=str(tmp_path / "*.csv"))
+    write(tmp_path / "c.jsonl", "1")
+    with pytest.raises(DataError, match="files of several kinds in one split"):
+        load(path=[str(tmp_path / "a.csv"), str(tmp_path / "c.jsonl")])
+
+
+def test_a_file_and_its_packed_copy_are_an_error(load: Load, tmp_path: Path) -> None:
+    write(tmp_path / "d" / "train.jsonl", "1")
+    write(tmp_path / "d" / "train.jsonl.gz", "1")
+    with pytest.raises(DataError, match="same rows twice"):
+        load(path=str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"path": "{}/none.jsonl"}, r"data\.path: .*none\.jsonl: no such file"),
+        ({"path": "{}/wikisql/"}, "scripts/prepare_wikisql makes this folder"),
+        ({"path": "{}/*.csv"}, "no such file"),
+        ({"path": ["{}/d/train.jsonl", "{}/none.jsonl"]}, "none.jsonl: no such file"),
+        ({"path": ["{}/d"]}, "is a folder"),
+        ({"path": "{}/other/x.txt"}, "no reader for this ending; readable are .json, .jsonl, .csv, .parquet"),
+        ({"path": "{}/other"}, "the folder holds no file that can be read"),
+        ({"path": "{}/d", "eval": "test"}, r"data\.eval: .* has no files of a split 'test'; it has train, validation"),
+        ({"path": "{}/d/train.jsonl", "eval": "validation"}, "write the file of this split"),
+        ({"path": "{}/d/train.jsonl", "eval": "gone.jsonl"}, "'gone.jsonl': no such file"),
+    ],
+)
+def test_data_that_is_not_there_is_named(load: Load, tmp_path: Path, data: dict[str, Any], said: str) -> None:
+    write(tmp_path / "d" / "train.jsonl", "1")
+    write(tmp_path / "d" / "validation.jsonl", "1")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.txt").write_text("1\n")
+    path = data["path"]
+    here = [name.format(tmp_path) for name in path] if isinstance(path, list) else path.format(tmp_path)
+    with pytest.raises(DataError, match=said):
+        load(**data | {"path": here})
+
+
+def test_a_storage_path_that_cannot_be_written_is_named(recipe: Load, tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", "1")
+    (tmp_path / "runs").write_text("a file where the runs folder should be")
+    with pytest.raises(DataError, match=r"run\.storage_path: .* cannot be written"):
+        load_rows(recipe(path=str(file)))
+
+
+# The hub
+
+
+@pytest.fixture
+def unreached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub address where nothing answers, and the libraries' offline switches put back afterwards."""
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    hub.hub_is_reached.cache_clear()
+    yield
+    hub.hub_is_reached.cache_clear()
+
+
+@pytest.mark.usefixtures("unreached")
+def test_a_hub_id_without_a_hub_says_so_at_once(recipe: Load) -> None:
+    for read in (load_rows, count_rows):
+        start = time.monotonic()
+        with pytest.raises(DataError, match=r"data\.path: no-such-owner/no-such-set: .*hub is not reached") as caught:
+            read(recipe(path="no-such-owner/no-such-set", train="train[:10]"))
+        assert caught.value.hub is True
+        assert time.monotonic() - start < 5
+
+
+@pytest.mark.usefixtures("unreached")
+def test_a_local_set_asks_no_hub(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "hub_is_reached", lambda: pytest.fail("asked the hub"))
+    assert load(path=str(write(tmp_path / "x.jsonl", "1"))) == ["1"]
+
+
+@pytest.mark.parametrize(("status", "reached"), [(200, True), (404, True), (405, True), (503, False)])
+def test_any_answer_but_a_failure_is_a_hub(status: int, reached: bool) -> None:
+    import http.server
+    import threading
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *said: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert hub._answers(f"http://127.0.0.1:{server.server_port}") is reached
+
+
+def hub_says(monkeypatch: pytest.MonkeyPatch, how: str, answer: Any) -> list[Any]:
+    """Stand in for the hub: datasets' function `how` gives `answer` or raises it. Returns the calls."""
+    calls = []
+
+    def stand_in(*given: Any, **named: Any) -> Any:
+        calls.append((given, named))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(source, "hub_is_reached", lambda: True)
+    monkeypatch.setattr(datasets, how, stand_in)
+    return calls
+
+
+def test_name_revision_and_split_reach_the_hub(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = hub_says(monkeypatch, "load_dataset", datasets.Dataset.from_dict({"q": [1]}))
+    load_rows(recipe(path="nyu-mll/glue", name="mrpc", revision="abc", train="train[:10%]", eval="test"))
+    assert calls[0] == (("nyu-mll/glue", "mrpc"), {"revision": "abc", "split": "train[:10%]"})
+    assert calls[1] == (("nyu-mll/glue", "mrpc"), {"revision": "abc", "split": "test"})
+
+
+def test_the_hub_counts_without_downloading(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Builder:
+        info = datasets.DatasetInfo(splits={"train": datasets.SplitInfo("train", 0, 1000), "test": datasets.SplitInfo("test", 0, 50)})
+
+    hub_says(monkeypatch, "load_dataset_builder", Builder)
+    facts = count_rows(recipe(path="nyu-mll/glue", train="train[:10%]+test", eval="test[:5]"))
+    assert (facts.train_rows, facts.eval_rows) == (150, 5)
+    facts = count_rows(recipe(path="nyu-mll/glue", eval=0.1))
+    assert (facts.train_rows, facts.eval_rows) == (900, 100)
+    with pytest.raises(DataError, match=r"data\.eval: the data set has no split 'dev'; it has train, test"):
+        count_rows(recipe(path="nyu-mll/glue", eval="dev"))
+    with pytest.raises(DataError, match=r"data\.train: 'train\[:9999\]' of 1,000 rows"):
+        count_rows(recipe(path="nyu-mll/glue", train="train[:9999]"))
+    Builder.info = datasets.DatasetInfo()
+    assert count_rows(recipe(path="nyu-mll/glue")).train_rows is None
+
+
+def test_a_set_that_is_a_script_is_refused_with_the_way_out(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_says(monkeypatch, "load_dataset", RuntimeError("Dataset scripts are no longer supported, but found wikisql.py"))
+    with pytest.raises(DataError, match="Salesforce/wikisql: this hub set is a script.*scripts/prepare_wikisql"):
+        load_rows(recipe(path="Salesforce/wikisql"))
+
+
+def test_what_the_hub_answers_is_passed_on(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_says(monkeypatch, "load_dataset", ValueError("Config name is missing.\nPlease pick one among: ['cola', 'mrpc']"))
+    with pytest.raises(DataError, match=r"nyu-mll/glue: Config name is missing\. Please pick one among: \['cola', 'mrpc'\]"):
+        load_rows(recipe(path="nyu-mll/glue"))
