@@ -22,6 +22,7 @@ from trainkit.data.batches import Budget
 from trainkit.data.distributor import DataDistributor, Feeding
 from trainkit.data.feed import Feed, MicroBatch, StepBatch
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer, prepare
+from trainkit.inference.export import export_model
 from trainkit.planning.facts import DataFacts, Hardware
 from trainkit.planning.planner import Plan, make_plan
 from trainkit.recipe.reader import read_recipe
@@ -55,16 +56,19 @@ def planned(recipe: Recipe, prepared: Prepared) -> Plan:
     )
 
 
-def train_with_trainkit(recipe: Recipe, prepared: Prepared, first_weights: str, rank: int, fault: str | None) -> list[list[float]]:
+def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any], rank: int) -> list[list[float]]:
     plan = planned(recipe, prepared)
     partitioning = Partitioning(plan)
-    model = build_model(recipe, first_weights, partitioning.gathered, prepared.label_names)
+    model = build_model(recipe, case["first_weights"], partitioning.gathered, prepared.label_names)
     engine = Engine(model, plan, recipe.model.task, CPU)
-    if fault == "mean of means":
+    if case["fault"] == "mean of means":
         _plant_mean_of_means(engine, plan.micro_batches_per_step)
     records: list[StepRecord] = []
     feed = feed_of(recipe, plan, prepared, rank)
     loop.train(engine, feed, plan, recipe, loop.Surroundings(records.append, lambda step: {}, lambda step: None, lambda: False))
+    if case["export"] is not None:
+        batch = feed.micro_batches(1).micro_batches[0]
+        export_model(engine, load_tokenizer(recipe).tokenizer, Path(case["export"]), recipe, batch)
     feed.close()
     engine.close()
     return [[record.loss, record.grad_norm, record.samples] for record in records]
@@ -120,7 +124,7 @@ def main(cases_file: str, results_file: str) -> None:
         if case["plain"]:
             results[case["name"]] = train_with_torch(recipe, prepared, case["first_weights"])
         else:
-            results[case["name"]] = train_with_trainkit(recipe, prepared, case["first_weights"], rank, case["fault"])
+            results[case["name"]] = train_with_trainkit(recipe, prepared, case, rank)
     if rank == 0:
         Path(results_file).write_text(json.dumps(results))
     dist.destroy_process_group()

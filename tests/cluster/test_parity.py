@@ -19,6 +19,15 @@ STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 LAYOUTS = {1: [12, 6, 3], 2: [6, 3, 2]}  # world size to rows of a micro-batch: 1, 2, 4 and 2, 4, 6 micro-batches a step
 Results = dict[str, np.ndarray]
 
+
+class Table(Results):
+    """Per case its numbers; beside them the folder of exported models, by the case's name."""
+
+    def __init__(self, numbers: Results, exported: Path):
+        super().__init__(numbers)
+        self.exported = exported
+
+
 RECIPE = """
 model: {{path: {model}, task: {task}, weights: random, precision: fp32}}
 data: {{path: {rows}, source: "{{question}}", target: "{{answer}}"{limits}}}
@@ -87,7 +96,7 @@ def train_all(folder: Path, world_size: int, cases: list[dict[str, object]]) -> 
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     from trainkit.recipe.reader import read_recipe
     from trainkit.training.model import write_first_weights
 
@@ -104,9 +113,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     lora_weights = write_first_weights(read_recipe(folder / "causal.yaml", [lora]), folder / "lora.safetensors")
 
     def case(
-        name: str, *overrides: str, task: str = "seq2seq", plain: bool = False, fault: str | None = None, **more: str
+        name: str, *overrides: str, task: str = "seq2seq", plain: bool = False, fault: str | None = None, export: bool = False, **more: str
     ) -> dict[str, object]:
-        return {"name": name, "set": list(overrides), "plain": plain, "fault": fault} | files[task] | more
+        exported = str(folder / "exported" / name) if export else None
+        return {"name": name, "set": list(overrides), "plain": plain, "fault": fault, "export": exported} | files[task] | more
 
     def rows(number: int) -> str:
         return f"batch.samples_per_device={number}"
@@ -115,7 +125,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     one += [case("plain lora", lora, task="causal", plain=True, first_weights=str(lora_weights))]
     one += [case(f"{stage} 1×1", f"zero={stage}") for stage in STAGES]
     one += [case(f"{stage} 1×{12 // number}", f"zero={stage}", rows(number)) for stage in ("zero1", "zero3") for number in LAYOUTS[1][1:]]
-    two = [case(f"{stage} 2×1", f"zero={stage}", rows(6)) for stage in STAGES]
+    two = [case(f"{stage} 2×1", f"zero={stage}", rows(6), export=True) for stage in STAGES]
     two += [
         case(f"{stage} 2×{6 // number}", f"zero={stage}", rows(number))
         for stage in ("zero1", "zero2", "zero3")
@@ -125,7 +135,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         case(f"{stage} tokens", f"zero={stage}", "batch.samples_per_device=null", "batch.tokens_per_device=160")
         for stage in ("zero2", "zero3")
     ]
-    two += [case(f"{stage} bf16", f"zero={stage}", rows(6), "model.precision=bf16") for stage in STAGES]
+    two += [case(f"{stage} bf16", f"zero={stage}", rows(6), "model.precision=bf16", export=True) for stage in STAGES]
     two += [case(f"{stage} causal", f"zero={stage}", rows(6), task="causal") for stage in ("zero2", "zero3")]
     two += [case("recomputed", "zero=zero3", rows(6), "model.gradient_checkpointing=true", task="causal")]
     two += [
@@ -133,7 +143,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         for stage in ("zero2", "zero3")
     ]
     two += [case("mean of means", rows(6), fault="mean of means")]
-    return train_all(folder, 1, one) | train_all(folder, 2, two)
+    return Table(train_all(folder, 1, one) | train_all(folder, 2, two), folder / "exported")
 
 
 def difference(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -144,17 +154,17 @@ def difference(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_every_stage_trains_as_torch_alone(results: Results, stage: str, world_size: int) -> None:
+def test_every_stage_trains_as_torch_alone(results: Table, stage: str, world_size: int) -> None:
     loss, norm = difference(results[f"{stage} {world_size}×1"], results["plain"])
     assert loss <= 1e-5 and norm <= (1e-4 if "offload" in stage else 1e-5)
 
 
-def test_the_training_goes_somewhere(results: Results) -> None:
+def test_the_training_goes_somewhere(results: Table) -> None:
     losses = results["plain"][:, 0]
     assert losses[-1] < losses[0] - 0.1 and results["plain"][:, 2].tolist() == [12, 12, 12, 4] * 2
 
 
-def test_workers_micro_batches_and_accumulation_give_the_same_losses(results: Results) -> None:
+def test_workers_micro_batches_and_accumulation_give_the_same_losses(results: Table) -> None:
     """Within one optimizer implementation: CPUAdam differs from torch's AdamW in its last bits."""
     layouts = [name for name in results if name.split()[0] in ("zero0", "zero1", "zero2", "zero3") and name.split()[1][0] in "12t"]
     assert len(layouts) >= 16
@@ -163,7 +173,7 @@ def test_workers_micro_batches_and_accumulation_give_the_same_losses(results: Re
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_bf16_stays_near_fp32(results: Results, stage: str) -> None:
+def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
     """Stated bound: bf16 keeps 8 bits, so the loss is within 2 %, the gradient norm within 15 %."""
     loss, norm = difference(results[f"{stage} bf16"], results["plain"])
     assert 1e-7 < loss <= 2e-2 and norm <= 0.15
@@ -171,11 +181,34 @@ def test_bf16_stays_near_fp32(results: Results, stage: str) -> None:
 
 @pytest.mark.parametrize("name, plain", [("zero2 causal", "plain causal"), ("zero3 causal", "plain causal"), ("recomputed", "plain causal"),
                                          ("zero2 lora", "plain lora"), ("zero3 lora", "plain lora")])  # fmt: skip
-def test_causal_models_and_lora_train_as_torch_alone(results: Results, name: str, plain: str) -> None:
+def test_causal_models_and_lora_train_as_torch_alone(results: Table, name: str, plain: str) -> None:
     loss, norm = difference(results[name], results[plain])
     assert loss <= 1e-5 and norm <= 1e-5
 
 
-def test_a_wrong_normalisation_is_seen(results: Results) -> None:
+def test_a_wrong_normalisation_is_seen(results: Table) -> None:
     loss, norm = difference(results["mean of means"], results["plain"])
     assert norm > 1e-3 and loss > 1e-4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_exports_the_same_plain_model(results: Table, stage: str) -> None:
+    """The export itself compares every tensor and the logits with the engine's; here plain transformers loads it and stages agree."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    first = AutoModelForSeq2SeqLM.from_pretrained(results.exported / "zero0 2×1").state_dict()
+    model = AutoModelForSeq2SeqLM.from_pretrained(results.exported / f"{stage} 2×1")
+    assert AutoTokenizer.from_pretrained(results.exported / f"{stage} 2×1").decode([1]) == "</s>"
+    assert {name for name, value in model.state_dict().items() if not torch.allclose(value, first[name], rtol=1e-4, atol=1e-5)} == set()
+    half = AutoModelForSeq2SeqLM.from_pretrained(results.exported / f"{stage} bf16")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_an_adapter_is_exported_with_the_base_that_was_drawn(results: Table) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for stage in ("zero2", "zero3"):
+        folder = results.exported / f"{stage} lora"
+        assert (folder / "adapter_model.safetensors").exists() and (folder / "base" / "model.safetensors").exists()
+        assert any("lora_" in name for name, _ in AutoModelForCausalLM.from_pretrained(folder).named_parameters())

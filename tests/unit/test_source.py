@@ -139,7 +139,7 @@ def test_slices_are_those_of_datasets(load: Load, tmp_path: Path, wanted: str, n
     assert load(path=str(tmp_path / "d"), train=wanted) == numbers
 
 
-@pytest.mark.parametrize("wanted", ["train[a:b]", "train[:99]", "train[3", "[:3]", "train[5:5]"])
+@pytest.mark.parametrize("wanted", ["train[a:b]", "train[99:]", "train[3", "[:3]", "train[5:5]", "train[:10%%]"])
 def test_a_slice_that_cannot_be_is_an_error(load: Load, tmp_path: Path, wanted: str) -> None:
     write(tmp_path / "d" / "train.jsonl", *range(10))
     with pytest.raises(DataError, match=r"data\.train: "):
@@ -361,7 +361,7 @@ def test_name_revision_and_split_reach_the_hub(recipe: Load, monkeypatch: pytest
 
 def test_the_hub_counts_without_downloading(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     class Builder:
-        info = datasets.DatasetInfo(splits={"train": datasets.SplitInfo("train", 0, 1000), "test": datasets.SplitInfo("test", 0, 50)})
+        info = datasets.DatasetInfo(splits={"train": {"name": "train", "num_examples": 1000}, "test": {"name": "test", "num_examples": 50}})
 
     hub_says(monkeypatch, "load_dataset_builder", Builder)
     facts = count_rows(recipe(path="nyu-mll/glue", train="train[:10%]+test", eval="test[:5]"))
@@ -370,15 +370,15 @@ def test_the_hub_counts_without_downloading(recipe: Load, monkeypatch: pytest.Mo
     assert (facts.train_rows, facts.eval_rows) == (900, 100)
     with pytest.raises(DataError, match=r"data\.eval: the data set has no split 'dev'; it has train, test"):
         count_rows(recipe(path="nyu-mll/glue", eval="dev"))
-    with pytest.raises(DataError, match=r"data\.train: 'train\[:9999\]' of 1,000 rows"):
-        count_rows(recipe(path="nyu-mll/glue", train="train[:9999]"))
+    with pytest.raises(DataError, match=r"data\.train: 'train\[9999:\]' of 1,000 rows"):
+        count_rows(recipe(path="nyu-mll/glue", train="train[9999:]"))
     Builder.info = datasets.DatasetInfo()
     assert count_rows(recipe(path="nyu-mll/glue")).train_rows is None
 
 
 def test_a_set_that_is_a_script_is_refused_with_the_way_out(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_says(monkeypatch, "load_dataset", RuntimeError("Dataset scripts are no longer supported, but found wikisql.py"))
-    with pytest.raises(DataError, match="Salesforce/wikisql: this hub set is a script.*scripts/prepare_wikisql"):
+    with pytest.raises(DataError, match=r"Salesforce/wikisql: this hub set is a script.*scripts/prepare_wikisql"):
         load_rows(recipe(path="Salesforce/wikisql"))
 
 

@@ -138,7 +138,10 @@ def _bounds(instruction: str, rows: int, wanted: str, key: str) -> tuple[int, in
     except (ValueError, AssertionError) as error:
         said = reason(error).replace(instruction, wanted)
         raise DataError(f"{key}: {wanted!r} of {rows:,} rows: {said}; write for example train[:200] or train[:10%]") from None
-    return part.from_ or 0, rows if part.to is None else part.to
+    first, end = part.from_ or 0, rows if part.to is None else part.to
+    if first >= end:
+        raise DataError(f"{key}: {wanted!r} of {rows:,} rows: no row is left")
+    return first, end
 
 
 def _is_local(path: str) -> bool:
