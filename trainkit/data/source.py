@@ -79,8 +79,10 @@ def hold_out(rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndar
 
 
 def _quiet() -> None:
+    """No bars, no log, and no report to a server that a local file was opened, for which datasets waits 5 s without a network."""
     import datasets
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said once, by the error
 

@@ -1,0 +1,110 @@
+"""Nothing is tokenized twice, everything that changes the tokens is tokenized anew, and a preparation is whole or not there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_tokenizers
+import transformers
+from tiny_tokenizers import recipe_over, rows_of
+
+from trainkit.data.tokens import Prepared, prepare
+from trainkit.recipe.schema import Recipe
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    return partial(recipe_over, tmp_path)
+
+
+def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts every tokenizer call gets from here on."""
+    calls: list[int] = []
+    plain = transformers.PreTrainedTokenizerFast.__call__
+
+    def counting(self: Any, text: Any = None, *more: Any, **named: Any) -> Any:
+        calls.append(len(text if text is not None else named["text_target"]))
+        return plain(self, text, *more, **named)
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "__call__", counting)
+    return calls
+
+
+ROWS = [{"q": f"x{number}", "s": "y"} for number in range(10)]
+FORM = {"source": "{q}", "target": "{s}", "eval": 0.2}
+
+
+def test_the_same_inputs_are_tokenized_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, progress = tokenized(monkeypatch), []
+    first = prepare(make("seq2seq", ROWS, **FORM), lambda done, total: progress.append((done, total)))
+    assert sum(calls) == 20 and progress[-1] == (10, 10)
+    calls.clear()
+    assert prepare(make("seq2seq", ROWS, **FORM)) == first
+    assert calls == []
+
+
+def test_a_cache_serves_the_same_rows_under_another_name(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(make("seq2seq", ROWS, **FORM))
+    shutil.copy(tmp_path / "rows.jsonl", tmp_path / "copy.jsonl")
+    calls = tokenized(monkeypatch)
+    assert prepare(make("seq2seq", ROWS, **FORM | {"path": str(tmp_path / "copy.jsonl")})) == first
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"source": "{q}!"}, {"target": "{s}{s}"}, {"max_source_length": 400}, {"max_target_length": 2}, {"train": "train[:9]"}]
+)
+def test_whatever_changes_the_tokens_is_tokenized_anew(make: Make, change: dict[str, Any]) -> None:
+    assert prepare(make("seq2seq", ROWS, **FORM | change)).train != prepare(make("seq2seq", ROWS, **FORM)).train
+
+
+def test_other_rows_or_another_tokenizer_are_tokenized_anew(make: Make, tmp_path: Path) -> None:
+    first = prepare(make("seq2seq", ROWS, **FORM))
+    other = [*ROWS[:-1], {"q": "x8", "s": "z"}]
+    assert prepare(make("seq2seq", other, **FORM)).train != first.train
+    assert prepare(make("seq2seq", ROWS, None, **FORM)).train != first.train
+    tiny_tokenizers.make(tmp_path / "model-eos", "eos", merges=(("x", "1"),))
+    assert prepare(make("seq2seq", ROWS, **FORM)).train != first.train
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "no manifest"])
+def test_a_damaged_cache_is_rebuilt(make: Make, damage: str) -> None:
+    recipe = make("seq2seq", ROWS, **FORM)
+    folder = Path(prepare(recipe).train)
+    sound = rows_of(str(folder), "labels")
+    file = folder / ("manifest.json" if damage == "no manifest" else "labels.values.npy")
+    if damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    assert rows_of(prepare(recipe).train, "labels") == sound
+    assert [entry.name for entry in folder.parent.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_an_interrupted_preparation_leaves_nothing(make: Make, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(make("seq2seq", ROWS, **FORM), interrupt)
+    assert list((tmp_path / "runs" / ".cache" / "tokens").iterdir()) == []
+
+
+def _prepare(recipe: Recipe) -> Prepared:
+    return prepare(recipe)
+
+
+def test_two_preparations_at_once_agree(make: Make) -> None:
+    recipe = make("seq2seq", ROWS * 100, **FORM)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        one, other = pool.map(_prepare, [recipe, recipe], chunksize=1)
+    assert one == other == prepare(recipe)
+    assert len(list(Path(one.train).parent.iterdir())) == 2
