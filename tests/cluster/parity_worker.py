@@ -1,5 +1,7 @@
 """One rank of the parity table: trains every asked case for 8 steps and, on rank 0, writes losses and gradient norms.
 
+The last row of a case is the evaluation loss over the whole set after training.
+
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29511 python parity_worker.py cases.json results.json
 
 No Ray: the DataDistributor is the plain class it is. A case is a recipe's overrides; "plain" is torch alone on one process.
@@ -22,6 +24,7 @@ from trainkit.data.batches import Budget
 from trainkit.data.distributor import DataDistributor, Feeding
 from trainkit.data.feed import Feed, MicroBatch, StepBatch
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer, prepare
+from trainkit.inference.evaluate import evaluate_loss
 from trainkit.inference.export import export_model
 from trainkit.planning.facts import DataFacts, Hardware
 from trainkit.planning.planner import Plan, make_plan
@@ -36,11 +39,9 @@ from trainkit.training.model import TASKS, build_model, model_facts
 CPU = torch.device("cpu")
 
 
-def feed_of(recipe: Recipe, plan: Plan, prepared: Prepared, rank: int) -> Feed:
+def feed_of(recipe: Recipe, plan: Plan, prepared: Prepared, rank: int, shuffle: bool = True) -> Feed:
     budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
-    feeding = Feeding(
-        str(prepared.train), recipe.model.task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle=True
-    )
+    feeding = Feeding(str(prepared.train), recipe.model.task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle)
     distributor = DataDistributor({"train": feeding})
     tokenizer = load_tokenizer(recipe).tokenizer
     return Feed(
@@ -66,12 +67,15 @@ def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any]
     records: list[StepRecord] = []
     feed = feed_of(recipe, plan, prepared, rank)
     loop.train(engine, feed, plan, recipe, loop.Surroundings(records.append, lambda step: {}, lambda step: None, lambda: False))
+    evaluation = feed_of(recipe, plan, prepared, rank, shuffle=False)
+    loss = evaluate_loss(engine, evaluation, plan.steps_per_epoch or 0)["loss"]
+    evaluation.close()
     if case["export"] is not None:
         batch = feed.micro_batches(1).micro_batches[0]
         export_model(engine, load_tokenizer(recipe).tokenizer, Path(case["export"]), recipe, batch)
     feed.close()
     engine.close()
-    return [[record.loss, record.grad_norm, record.samples] for record in records]
+    return [*([record.loss, record.grad_norm, record.samples] for record in records), [loss, loss, plan.rows or 0]]
 
 
 def _plant_mean_of_means(engine: Engine, num_micro_batches: int) -> None:
@@ -107,7 +111,21 @@ def train_with_torch(recipe: Recipe, prepared: Prepared, first_weights: str) -> 
         optimizer.step()
         results.append([loss.item(), norm.item(), float(batch.samples)])
     feed.close()
+    results.append(evaluate_with_torch(recipe, plan, prepared, model))
     return results
+
+
+def evaluate_with_torch(recipe: Recipe, plan: Plan, prepared: Prepared, model: Any) -> list[float]:
+    """The last row of a case: the loss over the whole set after training, twice, and the rows."""
+    task, feed = TASKS[recipe.model.task], feed_of(recipe, plan, prepared, 0, shuffle=False)
+    total = labels = 0.0
+    with torch.no_grad():
+        for step in range(1, (plan.steps_per_epoch or 0) + 1):
+            batch = feed.micro_batches(step)
+            total += sum(task.sum_loss(task.logits(model.eval(), rows), rows.labels).item() for rows in batch.micro_batches)
+            labels += batch.label_tokens
+    feed.close()
+    return [total / labels, total / labels, float(plan.rows or 0)]
 
 
 def main(cases_file: str, results_file: str) -> None:

@@ -131,6 +131,19 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert summary(folder)["status"] == "interrupted"
 
 
+def test_sigterm_to_the_whole_process_group_ends_the_run_soon(tmp_path: Path) -> None:
+    """As `timeout` and batch systems send it: Ray's own processes end as well."""
+    folder = RunFolder(tmp_path / "it")
+    with started(tmp_path, LONG) as process:
+        wait_for_steps(folder, process)
+        workers = family(process)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=40)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert alive(workers) == []
+    assert summary(folder)["status"] == "interrupted"
+
+
 def test_a_killed_worker_fails_the_run_and_is_named(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "it")
     with started(tmp_path, LONG) as process:

@@ -5,12 +5,15 @@ Two launches of torch processes (one of 1, one of 2 ranks) train all cases in tu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +51,8 @@ def write_rows(path: Path) -> None:
         {"question": " ".join(rng.choice(words, rng.integers(2, 12))), "answer": " ".join(rng.choice(words, rng.integers(1, 9)))}
         for _ in range(40)
     ]
+    for row in rows:
+        row["label"] = row["answer"].split()[0]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -68,6 +73,10 @@ def save_model(folder: Path, task: str) -> None:
     if task == "seq2seq":
         shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0}
         transformers.T5Config(**ids, **shape).save_pretrained(folder)
+    elif task == "classification":  # an encoder without a head: that is drawn
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        transformers.BertModel(transformers.BertConfig(**ids, **shape, **dropout)).save_pretrained(folder)
     else:
         shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         transformers.LlamaConfig(**ids, **shape, bos_token_id=None).save_pretrained(folder)
@@ -98,7 +107,7 @@ def train_all(folder: Path, world_size: int, cases: list[dict[str, object]]) -> 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     from trainkit.recipe.reader import read_recipe
-    from trainkit.training.model import write_first_weights
+    from trainkit.training.model import build_model, write_first_weights
 
     folder = tmp_path_factory.mktemp("parity")
     write_rows(folder / "rows.jsonl")
@@ -109,20 +118,30 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
         recipe.write_text(RECIPE.format(model=folder / task, task=task, rows=folder / "rows.jsonl", limits=limits, runs=folder / "runs"))
         weights = write_first_weights(read_recipe(recipe), folder / f"{task}.safetensors")
         files[task] = {"recipe": str(recipe), "first_weights": str(weights)}
+    save_model(folder / "bert", "classification")
+    label = ["model.task=classification", "model.weights=pretrained", f"model.path={folder / 'bert'}", "data.target=label"]
+    label += ["data.max_source_length=null", "data.max_target_length=null", "data.max_length=64"]
+    names = sorted({json.loads(line)["label"] for line in (folder / "rows.jsonl").read_text().splitlines()})
+    head = write_first_weights(read_recipe(folder / "seq2seq.yaml", label), folder / "head.safetensors", names)
     lora = "model.lora={r: 4, lora_alpha: 8}"
     lora_weights = write_first_weights(read_recipe(folder / "causal.yaml", [lora]), folder / "lora.safetensors")
 
     def case(
-        name: str, *overrides: str, task: str = "seq2seq", plain: bool = False, fault: str | None = None, export: bool = False, **more: str
+        name: str, *overrides: str, task: str = "seq2seq", plain: bool = False, fault: str | None = None, export: bool = False, **more: Any
     ) -> dict[str, object]:
         exported = str(folder / "exported" / name) if export else None
         return {"name": name, "set": list(overrides), "plain": plain, "fault": fault, "export": exported} | files[task] | more
+
+    drawn = build_model(read_recipe(folder / "seq2seq.yaml"), files["seq2seq"]["first_weights"], lambda _: contextlib.nullcontext(True))
+    shutil.copytree(folder / "seq2seq", folder / "stored")
+    drawn.save_pretrained(folder / "stored")
 
     def rows(number: int) -> str:
         return f"batch.samples_per_device={number}"
 
     one = [case("plain", plain=True), case("plain causal", task="causal", plain=True)]
     one += [case("plain lora", lora, task="causal", plain=True, first_weights=str(lora_weights))]
+    one += [case("plain label", *label, plain=True, first_weights=str(head))]
     one += [case(f"{stage} 1×1", f"zero={stage}") for stage in STAGES]
     one += [case(f"{stage} 1×{12 // number}", f"zero={stage}", rows(number)) for stage in ("zero1", "zero3") for number in LAYOUTS[1][1:]]
     two = [case(f"{stage} 2×1", f"zero={stage}", rows(6), export=True) for stage in STAGES]
@@ -139,15 +158,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     two += [case(f"{stage} causal", f"zero={stage}", rows(6), task="causal") for stage in ("zero2", "zero3")]
     two += [case("recomputed", "zero=zero3", rows(6), "model.gradient_checkpointing=true", task="causal")]
     two += [
-        case(f"{stage} lora", f"zero={stage}", rows(6), lora, task="causal", first_weights=str(lora_weights))
+        case(f"{stage} lora", f"zero={stage}", rows(6), lora, task="causal", export=True, first_weights=str(lora_weights))
         for stage in ("zero2", "zero3")
     ]
+    stored = ["model.weights=pretrained", f"model.path={folder / 'stored'}"]
+    two += [case(f"{stage} stored", f"zero={stage}", rows(6), *stored, first_weights=None) for stage in ("zero2", "zero3", "zero3_offload")]
+    two += [case(f"{stage} label", f"zero={stage}", rows(6), *label, export=True, first_weights=str(head)) for stage in ("zero2", "zero3")]
     two += [case("mean of means", rows(6), fault="mean of means")]
     return Table(train_all(folder, 1, one) | train_all(folder, 2, two), folder / "exported")
 
 
 def difference(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Largest relative difference over the steps, of (loss, gradient norm)."""
+    """Largest relative difference over the steps and the evaluation after them, of (loss, gradient norm)."""
     assert got.shape == expected.shape and np.array_equal(got[:, 2], expected[:, 2])
     return np.abs(got[:, :2] / expected[:, :2] - 1).max(axis=0)
 
@@ -160,8 +182,8 @@ def test_every_stage_trains_as_torch_alone(results: Table, stage: str, world_siz
 
 
 def test_the_training_goes_somewhere(results: Table) -> None:
-    losses = results["plain"][:, 0]
-    assert losses[-1] < losses[0] - 0.1 and results["plain"][:, 2].tolist() == [12, 12, 12, 4] * 2
+    losses = results["plain"][:8, 0]
+    assert losses[-1] < losses[0] - 0.1 and results["plain"][:, 2].tolist() == [12, 12, 12, 4, 12, 12, 12, 4, 40]
 
 
 def test_workers_micro_batches_and_accumulation_give_the_same_losses(results: Table) -> None:
@@ -179,11 +201,15 @@ def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
     assert 1e-7 < loss <= 2e-2 and norm <= 0.15
 
 
-@pytest.mark.parametrize("name, plain", [("zero2 causal", "plain causal"), ("zero3 causal", "plain causal"), ("recomputed", "plain causal"),
-                                         ("zero2 lora", "plain lora"), ("zero3 lora", "plain lora")])  # fmt: skip
-def test_causal_models_and_lora_train_as_torch_alone(results: Table, name: str, plain: str) -> None:
+@pytest.mark.parametrize(
+    "name, plain",
+    [("zero2 causal", "plain causal"), ("zero3 causal", "plain causal"), ("recomputed", "plain causal"), ("zero2 lora", "plain lora"),
+     ("zero3 lora", "plain lora"), ("zero2 label", "plain label"), ("zero3 label", "plain label"), ("zero2 stored", "plain"),
+     ("zero3 stored", "plain"), ("zero3_offload stored", "plain")],
+)  # fmt: skip
+def test_every_kind_of_model_trains_as_torch_alone(results: Table, name: str, plain: str) -> None:
     loss, norm = difference(results[name], results[plain])
-    assert loss <= 1e-5 and norm <= 1e-5
+    assert loss <= 1e-5 and norm <= (1e-4 if "offload" in name else 1e-5)
 
 
 def test_a_wrong_normalisation_is_seen(results: Table) -> None:

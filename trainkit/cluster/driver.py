@@ -131,6 +131,8 @@ def _recorded(run: _Run, began: float) -> dict[str, Any]:
         error = Interrupted(f"interrupted at once; its record is {run.folder.path}")
     except Exception as failure:
         error = _cause(failure, run)
+        if run.signals.taken:  # the signal went to the whole process group, as batch systems send it
+            error = Interrupted(f"interrupted at once: {error.message}; its record is {run.folder.path}")
     with run.signals.ignored():
         summary = summarize(run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began)
         run.folder.write_summary(summary)

@@ -18,7 +18,7 @@ import psutil
 
 from trainkit.cluster.capacity import check_capacity, worker_resources
 from trainkit.cluster.progress import Display, View, Watch
-from trainkit.cluster.session import end_processes, environment, environment_settings, ray_session
+from trainkit.cluster.session import check_head, end_processes, environment, environment_settings, head_processes, ray_session
 from trainkit.cluster.signals import Signals
 from trainkit.errors import UsageError
 from trainkit.planning.planner import Plan
@@ -174,10 +174,11 @@ def _fit(trainer: Any, asked: Launch, display: Display) -> dict[str, Any]:
             ended.set()
 
     threading.Thread(target=fit, name="fit", daemon=True).start()
-    watch = Watch(asked.folder, asked.plan.total_steps)
+    watch, head = Watch(asked.folder, asked.plan.total_steps), head_processes()
     with display:
         while not ended.wait(_LOOK_SECONDS):
             display.show(watch.look())
+            check_head(head)
         display.show(watch.look())
     if isinstance(result[0], BaseException):
         raise result[0]

@@ -16,7 +16,7 @@ import psutil
 from trainkit.cluster.capacity import worker_resources
 from trainkit.cluster.hardware import cpu_count
 from trainkit.cluster.signals import Signals
-from trainkit.errors import UsageError
+from trainkit.errors import TrainingError, UsageError
 from trainkit.recipe.schema import Recipe
 
 _OBJECT_STORE_BYTES = 512 * 2**20  # batches on their way are small; /dev/shm often is, too
@@ -119,6 +119,18 @@ def _join(address: str, settings: dict[str, str], verbose: bool) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"--address {address}: no Ray cluster can be joined: {reason}") from None
+
+
+def head_processes() -> list[psutil.Process]:
+    """The processes of a local Ray without which nothing goes on; none when a cluster was joined."""
+    return [process for process in psutil.Process().children() if process.name() in ("gcs_server", "raylet")]
+
+
+def check_head(head: Sequence[psutil.Process]) -> None:
+    """Raises TrainingError when one has ended: Ray itself would wait a minute for it and then end this process."""
+    for process in head:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            raise TrainingError("a process of the local Ray was ended from outside, and the run with it")
 
 
 def end_processes(processes: Sequence[psutil.Process], seconds: float = 5) -> None:

@@ -251,6 +251,7 @@ def _room(memory_bytes: int, memory: Memory) -> int:
 
 def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _Batch, hardware: Hardware) -> tuple[str, ...]:
     notes = list(batch.notes)
+    notes.append("this version writes no checkpoints: train.save_steps, train.save_total_limit and run.max_failures have no effect yet")
     if recipe.batch.samples < _world_size(recipe):
         notes.append(f"{recipe.batch.samples} samples a step for {_world_size(recipe)} workers: some train an empty micro-batch")
     if zero.unused:
