@@ -67,12 +67,12 @@ def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any]
     records: list[StepRecord] = []
     feed = feed_of(recipe, plan, prepared, rank)
     loop.train(engine, feed, plan, recipe, loop.Surroundings(records.append, lambda step: {}, lambda step: None, lambda: False))
+    if case["export"] is not None:  # straight after a step: under ZeRO-3 parameters may still be on their way
+        batch = feed.micro_batches(1).micro_batches[0]
+        export_model(engine, load_tokenizer(recipe).tokenizer, Path(case["export"]), recipe, batch)
     evaluation = feed_of(recipe, plan, prepared, rank, shuffle=False)
     loss = evaluate_loss(engine, evaluation, plan.steps_per_epoch or 0)["loss"]
     evaluation.close()
-    if case["export"] is not None:
-        batch = feed.micro_batches(1).micro_batches[0]
-        export_model(engine, load_tokenizer(recipe).tokenizer, Path(case["export"]), recipe, batch)
     feed.close()
     engine.close()
     return [*([record.loss, record.grad_norm, record.samples] for record in records), [loss, loss, plan.rows or 0]]

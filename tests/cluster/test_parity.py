@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from ranks import launch
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 LAYOUTS = {1: [12, 6, 3], 2: [6, 3, 2]}  # world size to rows of a micro-batch: 1, 2, 4 and 2, 4, 6 micro-batches a step
@@ -86,21 +83,10 @@ def train_all(folder: Path, world_size: int, cases: list[dict[str, object]]) -> 
     """One launch: `world_size` torch processes train all cases in turn. Returns per case [steps, (loss, gradient norm, samples)]."""
     cases_file, results_file = folder / f"cases-{world_size}.json", folder / f"results-{world_size}.json"
     cases_file.write_text(json.dumps(cases))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [sys.executable, str(Path(__file__).with_name("parity_worker.py")), str(cases_file), str(results_file)]
-    logs = [folder / f"rank-{rank}-of-{world_size}.log" for rank in range(world_size)]
-    ranks = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log.open("w"), stderr=subprocess.STDOUT
-        )
-        for rank, log in enumerate(logs)
-    ]
-    codes = [rank.wait(timeout=280) for rank in ranks]
-    assert codes == [0] * world_size, "\n".join(log.read_text()[-3000:] for log in logs)
+    launch(
+        Path(__file__).with_name("parity_worker.py"), [str(cases_file), str(results_file)], world_size, folder, 280,
+        DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
+    )  # fmt: skip
     return {name: np.array(rows) for name, rows in json.loads(results_file.read_text()).items()}
 
 

@@ -76,7 +76,10 @@ def test_stage_3_cuts_everything_and_gathers() -> None:
     small = 512 * 2 + 1024 * (2 + 24 * 5)  # norms and position biases stay whole
     assert memory.device["parameters"] == 2 * (T // 4) + 2 * small
     assert memory.device["gradients"] == 2 * T // 4 and memory.device["optimizer"] == 12 * T // 4
-    assert memory.device["buckets"] == 2 * 50_000_896 + 2 * (T - small)
+    live, prefetched, embedding = -(-T // 4), -(-T // 48), 32128 * 1024
+    assert memory.device["buckets"] == 2 * 50_000_896 + 2 * (live + prefetched - small) + 2 * 2 * embedding
+    at_step = memory.device["parameters"] + (2 + 12 + 2 + 4) * T // 4 + 2 * 50_000_896
+    assert memory.device_at_step == at_step
     assert memory.host_total == 0
 
 

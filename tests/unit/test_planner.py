@@ -147,7 +147,7 @@ def test_too_small_a_gpu_is_refused_with_the_way_out() -> None:
     assert "zero3" in message and "zero0 (" not in message
     assert plan_of(refused.value.facts["fitting"][0], gpu(10)).device_memory == 10 * GIB, "what it names does fit"
     with pytest.raises(CapacityError, match="No shipped ZeRO configuration fits"):
-        plan_of("zero3_offload", gpu(0.5))
+        plan_of("zero3_offload", gpu(0.25))
 
 
 @pytest.mark.parametrize("model_type", ["t5", "mt5", "umt5", "longt5"])
@@ -190,7 +190,7 @@ def test_what_the_user_wrote_stands() -> None:
     section = plan.ds_config["zero_optimization"]
     assert section["reduce_bucket_size"] == 5e8 and section["prefetch_bucket_size"] == 7
     assert "stage3_prefetch_bucket_size" not in section and "overlap_comm" not in section and "offload_param" not in section
-    assert section["stage3_max_live_parameters"] == t5_large().num_parameters
+    assert section["stage3_max_live_parameters"] == -(-t5_large().num_parameters // 4)
     assert plan.ds_config["prescale_gradients"] is True
     assert "steps_per_print" not in plan.ds_config and any("steps_per_print" in note for note in plan.notes)
     assert plan.memory is not None and plan.memory.device["buckets"] >= 2 * 5e8

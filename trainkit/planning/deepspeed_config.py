@@ -14,7 +14,8 @@ from trainkit.recipe.zero import ZeroConfig
 
 ALIGNMENT = 1024  # elements; DeepSpeed asks for a multiple of 2
 MOST_BUCKET = 50_000_000  # elements: 100 MB at 16 bit, at which NCCL already runs at full bandwidth
-MOST_LIVE = 1_000_000_000  # elements: DeepSpeed's own default for gathered parameters
+MOST_LIVE = 1_000_000_000  # elements of gathered parameters: DeepSpeed's own default, more than a small model has
+LIVE_SHARE = 4  # and no more than a quarter of the model, so that partitioning frees memory at any size
 GRADIENT_BUCKETS = 8  # the gradients travel in about so many pieces, so that all but the last overlap with backward
 OWNED = (  # sections that the plan writes; literals in them have been compared with the recipe
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -53,8 +54,8 @@ def sizes(zero: ZeroConfig, model: ModelFacts) -> dict[str, int]:
         "allgather_bucket_size": _aligned(min(MOST_BUCKET, total)),
         "stage3_prefetch_bucket_size": min(MOST_BUCKET, -(-total // max(1, model.num_layers))),  # about one layer ahead
         "stage3_param_persistence_threshold": 10 * model.hidden_size,  # norms and biases stay whole: they cost latency, not bytes
-        "stage3_max_live_parameters": min(MOST_LIVE, total),
-        "stage3_max_reuse_distance": min(MOST_LIVE, total),
+        "stage3_max_live_parameters": min(MOST_LIVE, -(-total // LIVE_SHARE)),
+        "stage3_max_reuse_distance": min(MOST_LIVE, -(-total // LIVE_SHARE)),
     }
 
 

@@ -10,7 +10,9 @@ W: world size, b: bytes of the training precision. Flat partitions are T/W, roun
     stage 2   bP                2bT/W             12T/W       the same
     stage 3   bP/W + persistent bT/W              12T/W       reduce_bucket_size, gathered parameters
 
-Optimizer offload moves gradient partitions and optimizer to the host and keeps there an fp32 gradient and a 16 bit copy of the partition.
+Under stage 3 and with offload the whole gradient of a weight that is used several times is summed in two tensors: the largest weight's
+count as buckets. Optimizer offload moves gradient partitions and optimizer to the host and keeps there an fp32 gradient and a 16 bit copy of the partition;
+on its way a gradient exists once more, in fp32. All of it was compared with the peak of a tiny step on H200 (tests/gpu/test_memory.py).
 Activations are not model states: `activation_bytes_per_token` bounds them.
 """
 
@@ -74,6 +76,12 @@ class _Case:
         return -(-self.trained // self.world_size)
 
     @property
+    def in_flight(self) -> int:
+        """Bytes of the largest gradient while it is summed, and in fp32 on its way to the host."""
+        largest = max((p.numel for p in self.facts.parameters if p.trainable), default=0)
+        return largest * (2 * self.width + (4 if self.offload_optimizer else 0))
+
+    @property
     def bucket(self) -> int:
         """Elements of one reduce bucket, allocated in full whatever the model; none with contiguous_gradients off."""
         return self.size("reduce_bucket_size", ALLREDUCE_ELEMENTS) if self.section.get("contiguous_gradients", True) else 0
@@ -115,7 +123,7 @@ def _partitioned_optimizer(case: _Case, gradients: int) -> Memory:
     buckets = case.width * case.bucket * (2 if case.section.get("overlap_comm", False) else 1)
     if case.offload_optimizer:
         staging = case.width * max((p.numel for p in case.facts.parameters if p.trainable), default=0)
-        device = _by_category(_whole(case), gradients, 0, buckets + staging)
+        device = _by_category(_whole(case), gradients, 0, buckets + staging + case.in_flight)
         host = _by_category(0, (4 + case.width) * case.partition, 12 * case.partition, case.width * case.partition + staging)
         return Memory(device, host, sum(device.values()))
     device = _by_category(_whole(case), gradients, 12 * case.partition, buckets)
@@ -125,7 +133,10 @@ def _partitioned_optimizer(case: _Case, gradients: int) -> Memory:
 
 
 def _stage_3(case: _Case) -> Memory:
-    """Each parameter is cut into W shards of its own. Gathered at once: at most stage3_max_live_parameters and what is prefetched."""
+    """Each parameter is cut into W shards of its own. Gathered at once: at most stage3_max_live_parameters and what is prefetched.
+
+    At the step the gradients exist three times: as they were, laid flat, and in fp32.
+    """
     width = case.width
     threshold = case.size("param_persistence_threshold", 100_000)
     persistent = sum(p.numel for p in case.facts.parameters if p.numel <= threshold)
@@ -134,14 +145,14 @@ def _stage_3(case: _Case) -> Memory:
     live = min(case.total, case.size("max_live_parameters", 1_000_000_000) + case.size("prefetch_bucket_size", 50_000_000))
     gathered = width * max(0, live - persistent)
     masters, gradients = 12 * trained, case.accumulated * trained
-    step_gradients = 0 if width == 4 else 4 * min(trained, case.size("sub_group_size", 1_000_000_000))
+    step_gradients = (width + (0 if width == 4 else 4)) * min(trained, case.size("sub_group_size", 1_000_000_000))
     kept = width * persistent + case.facts.buffer_bytes
     shard_bytes = width * shards
     device = _by_category(
         kept + (0 if case.offload_param else shard_bytes),
         0 if case.offload_optimizer else gradients,
         0 if case.offload_optimizer else masters,
-        width * case.bucket + gathered,
+        width * case.bucket + gathered + case.in_flight,
     )
     host = _by_category(
         shard_bytes if case.offload_param else 0,
@@ -149,7 +160,7 @@ def _stage_3(case: _Case) -> Memory:
         masters if case.offload_optimizer else 0,
         width * trained if case.offload_optimizer else 0,
     )
-    return Memory(device, host, sum(device.values()) - gathered + (0 if case.offload_optimizer else step_gradients))
+    return Memory(device, host, sum(device.values()) - gathered - case.in_flight + (0 if case.offload_optimizer else step_gradients))
 
 
 def _whole(case: _Case) -> int:

@@ -101,6 +101,7 @@ class Engine:
         All ranks must walk through it together. One parameter at a time is whole on the device.
         """
         rank = dist.get_rank()
+        self.ds.empty_partition_cache()  # stage 3 may have fetched ahead; what is on its way can be neither read nor let go
         for name, parameter in self.ds.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 whole = parameter.detach().to("cpu", DTYPES[self.plan.precision], copy=True) if rank == 0 else None

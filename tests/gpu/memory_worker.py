@@ -1,0 +1,76 @@
+"""One rank of the memory table: builds every asked case, trains three steps of one tiny row, and writes what the GPU held.
+
+RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29511 python memory_worker.py cases.json results.json
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainkit.data.feed import MicroBatch
+from trainkit.planning.facts import DataFacts, Hardware
+from trainkit.planning.planner import make_plan
+from trainkit.recipe.reader import read_recipe
+from trainkit.recipe.zero import read_zero
+from trainkit.training.engine import Engine, Partitioning
+from trainkit.training.model import build_model, model_facts
+
+
+def tiny_batch(device: torch.device) -> MicroBatch:
+    """One row of 8 tokens: next to no activations, so that what is left are the model states."""
+    ids = torch.full((1, 8), 5, device=device)
+    return MicroBatch(0, np.zeros(1, np.int64), ids, torch.ones_like(ids), ids.clone(), None, 16, 16)
+
+
+def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    recipe = read_recipe(case["recipe"], case["set"])
+    facts = model_facts(recipe)
+    plan = make_plan(recipe, read_zero(recipe.zero), facts, DataFacts(64, None), Hardware("cuda", "GPU", 140 << 30))
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    partitioning = Partitioning(plan)
+    model = build_model(recipe, case["first_weights"], partitioning.gathered)
+    built = torch.cuda.max_memory_allocated(device) - before
+    engine = Engine(model, plan, recipe.model.task, device)
+    ready = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.reset_peak_memory_stats(device)
+    batch = tiny_batch(device)
+    steps = 0
+    while steps < 3:  # fp16 skips steps until its loss scale is found
+        engine.backward(engine.sum_loss(batch), 8, last=True)
+        steps += engine.step(1e-4)[1]
+    peak = torch.cuda.max_memory_allocated(device) - before
+    between = torch.cuda.memory_allocated(device) - before
+    engine.close()
+    del engine, model, partitioning
+    gc.collect()
+    torch.cuda.empty_cache()
+    whole = facts.num_parameters * {"bf16": 2, "fp16": 2, "fp32": 4}[plan.precision]
+    assert plan.memory is not None
+    planned = {"planned": plan.memory.device_total, "categories": plan.memory.device, "at_step": plan.memory.device_at_step}
+    return planned | {"built": built, "ready": ready, "peak": peak, "between": between, "whole": whole}
+
+
+def main(cases_file: str, results_file: str) -> None:
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    torch.ones(1, device=device).sum().item()  # the context and the first block of the allocator are no model states
+    dist.barrier()
+    results = {case["name"]: measure(case, device) for case in json.loads(Path(cases_file).read_text())}
+    if dist.get_rank() == 0:
+        Path(results_file).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
