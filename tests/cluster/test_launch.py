@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import pytest
 from trainkit.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--set", "train.max_steps=4", "--set", "data.eval=null", "--set", "train.metrics=[]", "--set", "batch.samples=8"]
+SMALL = ["--set", "train.max_steps=4", "--set", "data.eval=null", "--set", "train.metrics=[]", "--set", "batch.samples=8",
+         "--set", "batch.samples_per_device=4"]  # fmt: skip
 LONG = ["--set", "train.max_steps=100000", "--set", "data.eval=null", "--set", "train.metrics=[]", "--set", "batch.samples=8"]
 
 
@@ -72,13 +74,30 @@ def summary(folder: RunFolder) -> dict[str, Any]:
     return found
 
 
-def test_a_run_leaves_what_it_promises_and_shows_no_noise(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "it")
-    with started(tmp_path, SMALL) as process:
+@dataclass(frozen=True)
+class Finished:
+    folder: RunFolder
+    workers: list[psutil.Process]
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The quickstart's first steps, to their end."""
+    runs = tmp_path_factory.mktemp("small")
+    folder = RunFolder(runs / "it")
+    with started(runs, SMALL) as process:
         wait_for_steps(folder, process, 1)
         workers = family(process)
         out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, out + err
+    return Finished(folder, workers, process.returncode, out, err)
+
+
+def test_a_run_leaves_what_it_promises_and_shows_no_noise(small_run: Finished, tmp_path: Path) -> None:
+    folder, workers, out, err = small_run.folder, small_run.workers, small_run.out, small_run.err
+    assert small_run.code == 0, out + err
     assert alive(workers) == []
     assert len(workers) > 4, "Ray and its workers were seen"
     assert err == ""
@@ -93,9 +112,21 @@ def test_a_run_leaves_what_it_promises_and_shows_no_noise(tmp_path: Path) -> Non
     assert len(found["peak_memory_gib"]) == 2
     assert {"recipe.yaml", "plan.json", "environment.json", "tensorboard", "model"} <= {path.name for path in folder.path.iterdir()}
     assert "RAY_AUTH_TOKEN" not in (folder.path / "environment.json").read_text()
-    command = [sys.executable, "-m", "trainkit.run", str(folder.path / "recipe.yaml"), "--runs", str(tmp_path), "--name", "it"]
+    command = [sys.executable, "-m", "trainkit.run", str(folder.path / "recipe.yaml"), "--runs", str(folder.path.parent), "--name", "it"]
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
     assert again.returncode == 2 and "this run exists" in again.stderr
+
+
+def test_one_worker_and_another_stage_train_the_same(small_run: Finished, tmp_path: Path) -> None:
+    """Dropout is on: layouts with as many micro-batches a step train identical ones."""
+    folder = RunFolder(tmp_path / "it")
+    with started(tmp_path, [*SMALL, "--set", "scaling.num_workers=1", "--set", "zero=zero3"]) as process:
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+    here, there = folder.read_steps(), small_run.folder.read_steps()
+    assert [step["order"] for step in here] == [step["order"] for step in there]
+    assert [step["loss"] for step in here] == pytest.approx([step["loss"] for step in there], rel=1e-6)
+    assert (summary(folder)["world_size"], summary(folder)["zero_stage"]) == (1, 3)
 
 
 def test_ctrl_c_ends_in_an_interrupted_run_and_no_process_stays(tmp_path: Path) -> None:

@@ -22,19 +22,29 @@ PLAN = cast(Plan, SimpleNamespace(rows=100, world_size=2, zero_stage=3, offload_
 
 def steps(*losses: float) -> list[dict[str, Any]]:
     return [
-        {"step": n + 1, "loss": loss, "samples": 10, "tokens": 300, "seconds": 0.5, "data_wait_seconds": 0.1, "order": f"{n:016x}"}
+        {
+            "step": n + 1,
+            "loss": loss,
+            "samples": 10,
+            "tokens": 300,
+            "seconds": 0.5,
+            "data_wait_seconds": 0.1,
+            "order": f"{n:016x}",
+            "peak_memory_gib": [1.0, 2.0 + n],
+        }
         for n, loss in enumerate(losses)
     ]
 
 
 def test_a_completed_run_adds_up() -> None:
-    outcome = {"status": "completed", "steps": 2, "eval": {"loss": 1.5}, "peak_memory_gib": [1.0, 2.0], "predictions": []}
+    outcome = {"status": "completed", "steps": 2, "eval": {"loss": 1.5}, "predictions": []}
     found = summarize(PLAN, steps(3.0, 2.0), outcome, None, 60.0)
     assert set(found) >= CONTRACT
     assert (found["status"], found["steps"], found["epochs"], found["samples"], found["tokens"]) == ("completed", 2, 0.2, 20, 600)
     assert (found["train_loss"], found["eval"], found["seconds"], found["wall_seconds"]) == (2.5, {"loss": 1.5}, 1.0, 60.0)
     assert (found["samples_per_second"], found["tokens_per_second"]) == (20.0, 600.0)
     assert found["data_wait_fraction"] == pytest.approx(0.2)
+    assert found["peak_memory_gib"] == [1.0, 3.0]
     assert (found["order"], found["error"], found["offload"]) == (f"{1:016x}", None, {"optimizer": True, "param": False})
 
 

@@ -31,7 +31,7 @@ def summarize(
         "samples_per_second": _rate(samples, seconds),
         "tokens_per_second": _rate(tokens, seconds),
         "mfu": outcome.get("mfu"),
-        "peak_memory_gib": outcome.get("peak_memory_gib"),
+        "peak_memory_gib": steps[-1]["peak_memory_gib"] if steps else None,
         "data_wait_fraction": _rate(waited, seconds),
         "restarts": 0,
         "world_size": plan.world_size,

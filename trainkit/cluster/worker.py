@@ -25,13 +25,14 @@ from trainkit.inference.export import export_model, move_model
 from trainkit.inference.predict import Rank, load_plain
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
-from trainkit.runs.folder import RunFolder, StepLog
+from trainkit.runs.folder import Lock, RunFolder, StepLog
 from trainkit.training import loop
 from trainkit.training.board import Board, SilentBoard, TensorBoard
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.meters import StepRecord, as_json
 from trainkit.training.model import build_model
-from trainkit.units import gib
+
+_PREDECESSOR_SECONDS = 30  # a rank 0 whose command was killed went on writing for 1.8 s
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Worker:
         self.feeds = {"train": self._feed("train", job.plan.total_steps), "eval": self._feed("eval", job.eval_steps)}
         self.board: Board = SilentBoard()
         self.log: StepLog | None = None
+        self.lock: Lock | None = None
         if self.rank == 0:
+            self.lock = self.folder.lock("rank-0", wait_seconds=_PREDECESSOR_SECONDS)
             self.board = TensorBoard(self.folder.path / "tensorboard", job.plan.use_gpu)
             self.log = StepLog(self.folder)
         self.step, self.order = 0, ""
@@ -104,7 +107,6 @@ class Worker:
             "eval": outcome.evaluation,
             "best_step": outcome.best_step,
             "stopped_early": outcome.stopped_early,
-            "peak_memory_gib": [round(gib(peak), 3) for peak in outcome.peak_bytes],
             "predictions": examples,
         }
 
@@ -194,6 +196,8 @@ class Worker:
         self.board.close()
         if self.log is not None:
             self.log.close()
+        if self.lock is not None:
+            self.lock.release()
 
     def _feed(self, split: str, last_step: int) -> Feed:
         def fetch(first: int, count: int) -> list[WireStep]:

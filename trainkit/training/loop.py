@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -51,7 +51,6 @@ class Outcome:
     best_evaluation: dict[str, float] | None = None
     evaluations_without_better: int = 0
     stopped_early: bool = False
-    peak_bytes: tuple[int, ...] = field(default=())
 
 
 def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Surroundings) -> Outcome:
@@ -109,7 +108,7 @@ def _read(record: StepRecord | None, around: Surroundings, plan: Plan, outcome: 
     if record is None:
         return outcome.status == "interrupted"
     around.report(record)
-    outcome.steps, outcome.peak_bytes = record.step, record.peak_bytes
+    outcome.steps = record.step
     _check_finite(record, plan)
     if record.stop and record.step < plan.total_steps:
         outcome.status = "interrupted"

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from trainkit.data.feed import StepBatch
 from trainkit.data.order import set_hash
+from trainkit.units import gib
 
 _FIELDS = (
     *("loss_sum", "grad_norm", "applied", "tokens", "padded_tokens", "peak_bytes", "reserved_bytes", "data_wait", "stop"),
@@ -138,7 +139,8 @@ def peak_memory_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def as_json(record: StepRecord, order: str) -> dict[str, Any]:
-    """The line of steps.jsonl: the contract's keys, and `skipped` where DeepSpeed did not apply the step."""
+    """The line of steps.jsonl: the contract's keys, and `skipped` where DeepSpeed did not apply the step. peak_memory_gib: one per rank."""
     keys = ("step", "loss", "grad_norm", "lr", "samples", "tokens", "seconds", "data_wait_seconds")
     line = {key: getattr(record, key) for key in keys} | {"order": order, "padding_fraction": round(record.padding_fraction, 4)}
+    line["peak_memory_gib"] = [round(gib(peak), 3) for peak in record.peak_bytes]
     return line if record.applied else line | {"skipped": True}
