@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch.distributed as dist
 
 from trainkit.data.batches import Budget
 from trainkit.data.distributor import DataDistributor, Feeding
-from trainkit.data.feed import Feed, MicroBatch, StepBatch
+from trainkit.data.encoding import limits
+from trainkit.data.feed import Feed, MicroBatch, Padding, Source, StepBatch
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer, prepare
 from trainkit.inference.evaluate import evaluate_loss
 from trainkit.inference.export import export_model
@@ -41,13 +43,13 @@ CPU = torch.device("cpu")
 
 def feed_of(recipe: Recipe, plan: Plan, prepared: Prepared, rank: int, shuffle: bool = True) -> Feed:
     budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
-    feeding = Feeding(str(prepared.train), recipe.model.task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle)
+    feeding = Feeding(str(prepared.train), recipe.model.task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle,
+                      limits(recipe)["max_length"] if recipe.data.packing else None)  # fmt: skip
     distributor = DataDistributor({"train": feeding})
     tokenizer = load_tokenizer(recipe).tokenizer
-    return Feed(
-        lambda first, count: distributor.steps("train", first, count, rank),
-        last_step=plan.total_steps, task=recipe.model.task, pad_id=tokenizer.pad_token_id, eos_id=tokenizer.eos_token_id, device=CPU,
-    )  # fmt: skip
+    padding = Padding(recipe.model.task, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    source = Source(lambda first, count: partial(distributor.steps, "train", first, count, rank))
+    return Feed(source, padding, rank=rank, last_step=plan.total_steps, device=CPU)
 
 
 def planned(recipe: Recipe, prepared: Prepared) -> Plan:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainkit.data.arrays import TokenArrays, Writer, read_manifest
+from trainkit.data.arrays import TokenArrays, Writer, holds, read_manifest
 
 ROWS = st.lists(st.lists(st.integers(-100, 70_000), max_size=9), min_size=1, max_size=12)
 
@@ -29,7 +29,13 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFa
     arrays = written(tmp_path_factory.mktemp("arrays") / "key", rows, chunk)
     column = arrays.column("labels")
     assert [column.row(i).tolist() for i in range(arrays.rows)] == rows
-    assert column.lengths.tolist() == arrays.label_tokens.tolist() == [len(row) for row in rows]
+    assert column.lengths(np.arange(len(rows))).tolist() == arrays.label_tokens.tolist() == [len(row) for row in rows]
+    some = np.arange(len(rows))[::-2]
+    values, lengths = column.gather(some)
+    assert values.tolist() == [token for row in some for token in rows[row]] and lengths.tolist() == [len(rows[row]) for row in some]
+    found = arrays.manifest
+    assert found["longest"] == dict.fromkeys(("input_ids", "labels"), max(map(len, rows)))
+    assert found["tokens"]["labels"] == sum(map(len, rows)) and found["unlabelled"] == sum(not row for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +48,7 @@ def test_values_are_stored_in_the_smallest_type_that_holds_them(tmp_path: Path, 
 
 
 def test_arrays_are_mapped_not_read(tmp_path: Path) -> None:
-    assert isinstance(written(tmp_path / "key", [[1, 2]]).column("input_ids").values, np.memmap)
+    assert isinstance(written(tmp_path / "key", [[1, 2]]).column("input_ids").values.base, np.memmap)
 
 
 def test_what_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
@@ -66,6 +72,18 @@ def test_a_truncated_file_is_noticed(tmp_path: Path, name: str) -> None:
     file = tmp_path / "key" / name
     file.write_bytes(file.read_bytes()[:-1])
     assert read_manifest(tmp_path / "key") is None
+
+
+@pytest.mark.parametrize("name", ["input_ids.values.npy", "labels.offsets.npy", "label_tokens.npy"])
+def test_a_flipped_bit_is_noticed_and_makes_room(tmp_path: Path, name: str) -> None:
+    written(tmp_path / "key", [[1, 2], [3]])
+    file = tmp_path / "key" / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert read_manifest(tmp_path / "key") is not None and not holds(tmp_path / "key")
+    written(tmp_path / "key", [[1, 2], [3]])
+    assert holds(tmp_path / "key")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"bytes": {}}', '{"bytes": []}', '{"rows": 1'])

@@ -131,7 +131,7 @@ def _on_worker(run_worker: Any) -> Any:
 
 def _job(asked: Launch) -> Any:
     from trainkit.cluster.worker import Job
-    from trainkit.data.distributor import make_distributor
+    from trainkit.data.distributor import make_distributors
 
     feedings = _feedings(asked)
     eval_rows = asked.plan.eval_rows or 0
@@ -141,7 +141,7 @@ def _job(asked: Launch) -> Any:
         run_folder=str(asked.folder.path),
         prepared=asked.prepared,
         first_weights=None if asked.first_weights is None else str(asked.first_weights),
-        distributor=make_distributor(feedings),
+        distributors=make_distributors(feedings),
         eval_steps=-(-eval_rows // asked.plan.samples_per_step) if "eval" in feedings else 0,
     )
 
@@ -149,13 +149,15 @@ def _job(asked: Launch) -> Any:
 def _feedings(asked: Launch) -> dict[str, Any]:
     from trainkit.data.batches import Budget
     from trainkit.data.distributor import Feeding
+    from trainkit.data.encoding import limits
 
     plan, prepared = asked.plan, asked.prepared
     budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
     splits = {"train": (prepared.train, True), "eval": (prepared.eval, False)}
-    task, seed = asked.recipe.model.task, asked.recipe.train.seed
+    task, seed, data = asked.recipe.model.task, asked.recipe.train.seed, asked.recipe.data
+    longest = limits(asked.recipe)["max_length"] if data.packing else None
     return {
-        split: Feeding(str(folder), task, seed, plan.samples_per_step, plan.world_size, budget, shuffle)
+        split: Feeding(str(folder), task, seed, plan.samples_per_step, plan.world_size, budget, shuffle, longest)
         for split, (folder, shuffle) in splits.items()
         if folder is not None
     }

@@ -6,6 +6,7 @@ The process group is up when `run_worker` starts; everything else a rank needs t
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from trainkit.data.distributor import WireStep
+from trainkit.data.distributor import Distributors, WireCall
 from trainkit.data.encoding import DEFAULT_LENGTH
-from trainkit.data.feed import Feed, MicroBatch
+from trainkit.data.feed import Feed, MicroBatch, Padding, Source
 from trainkit.data.order import chain
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer
 from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
@@ -30,8 +31,9 @@ from trainkit.training import loop
 from trainkit.training.board import Board, SilentBoard, TensorBoard
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.meters import StepRecord, as_json
-from trainkit.training.model import build_model
+from trainkit.training.model import build_model, check_packing
 
+_ANSWER_SECONDS = 5
 _PREDECESSOR_SECONDS = 30  # a rank 0 whose command was killed went on writing for 1.8 s
 
 
@@ -44,7 +46,7 @@ class Job:
     run_folder: str
     prepared: Prepared
     first_weights: str | None
-    distributor: Any  # handle of the DataDistributor actor
+    distributors: Distributors
     eval_steps: int  # optimizer-step-sized pieces of the evaluation set; 0 without one
 
 
@@ -90,6 +92,9 @@ class Worker:
         partitioning = Partitioning(self.plan)
         model = build_model(self.recipe, self.job.first_weights, partitioning.gathered, self.job.prepared.label_names)
         engine = Engine(model, self.plan, self.recipe.model.task, self.device)
+        if self.recipe.data.packing:
+            with engine.evaluating():
+                check_packing(engine.logits, self.feeds["train"].micro_batches(1).micro_batches[0])
         self.phase("training")
         around = loop.Surroundings(
             report=self.report,
@@ -200,11 +205,19 @@ class Worker:
             self.lock.release()
 
     def _feed(self, split: str, last_step: int) -> Feed:
-        def fetch(first: int, count: int) -> list[WireStep]:
-            return ray.get(self.job.distributor.steps.remote(split, first, count, self.rank))
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        padding = Padding(self.recipe.model.task, pad, pad if eos is None else eos)
+        handle = self.job.distributors.nearest()
 
-        pad = self.tokenizer.pad_token_id
-        eos = self.tokenizer.eos_token_id
-        return Feed(
-            fetch, last_step=last_step, task=self.recipe.model.task, pad_id=pad, eos_id=pad if eos is None else eos, device=self.device
-        )
+        def ask(first: int, count: int) -> Callable[[], WireCall]:
+            answer = handle.steps.remote(split, first, count, self.rank)
+            return lambda: ray.get(answer)
+
+        def doing() -> str:
+            try:
+                return f"is {ray.get(handle.doing.remote(), timeout=_ANSWER_SECONDS)}"
+            except ray.exceptions.GetTimeoutError:
+                return "does not answer"
+
+        source = Source(ask, doing, lambda text: self.folder.write_phase(text or "training"))
+        return Feed(source, padding, rank=self.rank, last_step=last_step, device=self.device)

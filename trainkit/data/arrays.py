@@ -1,9 +1,11 @@
 """Token arrays on disk: ragged rows, memory-mapped, complete exactly when their manifest is there and holds.
 
-<folder>/manifest.json               rows, columns, sizes in bytes, and what the preparation wants to remember
+<folder>/manifest.json               rows, columns, size and crc32 of every file, statistics, and what the preparation wants to remember
 <folder>/<column>.values.npy         all rows end to end, in the smallest integer type that holds them
 <folder>/<column>.offsets.npy        int64, rows + 1: row i is values[offsets[i] : offsets[i + 1]]
 <folder>/label_tokens.npy            int32, rows: how many labels of a row count toward N
+
+Neither reading nor writing needs memory in proportion to the rows.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain
@@ -19,22 +22,28 @@ from typing import IO, Any
 
 import numpy as np
 
-_COPY_VALUES = 1 << 22
+_PIECE = 1 << 22  # values or bytes that are converted or checked at once
 
 
 class Ragged:
     """Rows of different lengths. Nothing is read before it is used."""
 
     def __init__(self, values: np.ndarray, offsets: np.ndarray):
-        self.values, self.offsets = values, offsets
+        self.values, self.offsets = np.asarray(values), np.asarray(offsets)
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """int32, one per row."""
-        return np.diff(self.offsets).astype(np.int32)
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """int64, of the given rows."""
+        return self.offsets[rows + 1] - self.offsets[rows]
 
     def row(self, index: int) -> np.ndarray:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(values of the rows end to end, length of each row)."""
+        lengths = self.lengths(rows)
+        ends = np.cumsum(lengths)
+        where = np.repeat(self.offsets[rows] - ends + lengths, lengths) + np.arange(lengths.sum())
+        return self.values[where], lengths
 
 
 class TokenArrays:
@@ -52,7 +61,7 @@ class TokenArrays:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenArrays:
-        """Raises FileNotFoundError or ValueError when the arrays are not complete."""
+        """Raises ValueError when the arrays are not complete."""
         manifest = read_manifest(Path(folder))
         if manifest is None:
             raise ValueError(f"{folder}: the token arrays are not complete")
@@ -66,7 +75,7 @@ class TokenArrays:
     @cached_property
     def label_tokens(self) -> np.ndarray:
         """int32, one per row: labels that count toward N (causal: after the shift; classification: 1)."""
-        return self._load("label_tokens.npy")
+        return np.asarray(self._load("label_tokens.npy"))
 
     def _load(self, name: str) -> np.ndarray:
         return np.load(self.folder / name, mmap_mode="r")
@@ -77,9 +86,24 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in manifest["bytes"]}
-        return manifest if sizes == manifest["bytes"] and manifest["rows"] > 0 and manifest["columns"] else None
+        known = set(manifest["crc32"]) == set(sizes) and manifest["rows"] > 0 and manifest["columns"]
+        return manifest if sizes == manifest["bytes"] and known else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def holds(folder: Path) -> bool:
+    """Whether the arrays are complete and every file still has the content it was written with. Reads all of them once."""
+    manifest = read_manifest(folder)
+    return manifest is not None and all(_crc32(folder / name) == crc for name, crc in manifest["crc32"].items())
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 class Writer:
@@ -94,9 +118,9 @@ class Writer:
         self.work = _beside(folder)
         self.work.mkdir()
         self.streams: dict[str, IO[bytes]] = {}
-        self.lengths: dict[str, list[np.ndarray]] = {}
-        self.bounds: dict[str, tuple[int, int]] = {}
-        self.label_tokens: list[np.ndarray] = []
+        self.bounds: dict[str, tuple[int, int]] = {}  # of the values of a column
+        self.longest: dict[str, int] = {}
+        self.sums = {"rows": 0, "label_tokens": 0, "unlabelled": 0}
 
     def __enter__(self) -> Writer:
         return self
@@ -109,46 +133,63 @@ class Writer:
     def append(self, columns: Mapping[str, Sequence[Sequence[int]]], label_tokens: Sequence[int]) -> None:
         """One chunk of rows: per column a list of rows. Every chunk has the same columns."""
         for name, rows in columns.items():
-            if name not in self.streams:
-                self.streams[name] = (self.work / f"{name}.raw").open("wb")
-                self.lengths[name], self.bounds[name] = [], (0, 0)
-            flat = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
-            low, high = self.bounds[name]
-            self.bounds[name] = min(low, int(flat.min(initial=0))), max(high, int(flat.max(initial=0)))
-            self.lengths[name].append(np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)))
-            flat.tofile(self.streams[name])
-        self.label_tokens.append(np.asarray(label_tokens, dtype=np.int32))
+            values = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
+            lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+            low, high = self.bounds.get(name, (0, 0))
+            self.bounds[name] = min(low, int(values.min(initial=0))), max(high, int(values.max(initial=0)))
+            self.longest[name] = max(self.longest.get(name, 0), int(lengths.max(initial=0)))
+            self._stream(f"{name}.values", values)
+            self._stream(f"{name}.lengths", lengths)
+        counted = np.asarray(label_tokens, dtype=np.int64)
+        self._stream("label_tokens", counted)
+        for name, number in (("rows", len(counted)), ("label_tokens", counted.sum()), ("unlabelled", (counted == 0).sum())):
+            self.sums[name] += int(number)
 
     def finish(self, **remembered: Any) -> None:
         """Convert, write the manifest last, and move the folder to its place; one that is complete there already stays."""
-        for name, stream in self.streams.items():
+        for stream in self.streams.values():
             stream.close()
-            lengths = np.concatenate(self.lengths[name])
-            np.save(self.work / f"{name}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-            self._narrow(name, int(lengths.sum()))
-        np.save(self.work / "label_tokens.npy", np.concatenate(self.label_tokens))
-        sizes = {path.name: path.stat().st_size for path in self.work.iterdir()}
-        rows = sum(map(len, self.label_tokens))
-        manifest = {"rows": rows, "columns": list(self.streams), "bytes": sizes} | remembered
-        (self.work / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+        tokens = {}
+        for name, bounds in self.bounds.items():
+            tokens[name] = self._convert(f"{name}.values", f"{name}.values", _smallest_type(*bounds))
+            self._convert(f"{name}.lengths", f"{name}.offsets", np.dtype(np.int64), summed=True)
+        self._convert("label_tokens", "label_tokens", np.dtype(np.int32))
+        files = sorted(self.work.iterdir())
+        manifest = {
+            "rows": self.sums["rows"],
+            "columns": list(self.bounds),
+            "bytes": {path.name: path.stat().st_size for path in files},
+            "crc32": {path.name: _crc32(path) for path in files},
+            "longest": self.longest,
+            "tokens": tokens | {"labels": self.sums["label_tokens"]},
+            "unlabelled": self.sums["unlabelled"],
+        }
+        (self.work / "manifest.json").write_text(json.dumps(manifest | remembered), "utf-8")
         self._move()
 
-    def _narrow(self, name: str, total: int) -> None:
+    def _stream(self, name: str, values: np.ndarray) -> None:
+        if name not in self.streams:
+            self.streams[name] = (self.work / f"{name}.raw").open("wb")
+        values.tofile(self.streams[name])
+
+    def _convert(self, name: str, to: str, kind: np.dtype, summed: bool = False) -> int:
+        """A raw file of int64 becomes <to>.npy, piece by piece; `summed` writes the running sum, with a 0 in front. Returns the count."""
         raw = self.work / f"{name}.raw"
-        kind = _smallest_type(*self.bounds[name])
-        out = np.lib.format.open_memmap(self.work / f"{name}.values.npy", mode="w+", dtype=kind, shape=(total,))
+        count, before = raw.stat().st_size // 8, int(summed)
+        out = np.lib.format.open_memmap(self.work / f"{to}.npy", mode="w+", dtype=kind, shape=(count + before,))
         with raw.open("rb") as stream:
-            for first in range(0, total, _COPY_VALUES):
-                part = np.fromfile(stream, dtype=np.int64, count=min(_COPY_VALUES, total - first))
-                out[first : first + len(part)] = part
+            for first in range(before, count + before, _PIECE):
+                piece = np.fromfile(stream, dtype=np.int64, count=min(_PIECE, count + before - first))
+                out[first : first + len(piece)] = out[first - 1] + np.cumsum(piece) if summed else piece
         out.flush()
         raw.unlink()
+        return count
 
     def _move(self) -> None:
         try:
             self.work.replace(self.target)
         except OSError:  # something lies there: if complete, it is as good as this; if not, it makes room
-            if read_manifest(self.target) is None:
+            if not holds(self.target):
                 broken = _beside(self.target)
                 self.target.replace(broken)
                 self.work.replace(self.target)

@@ -1,20 +1,28 @@
 """The DataDistributor: one actor that cuts every optimizer step into micro-batches and hands each rank its share.
 
 It holds no position. A call names the steps it wants, and the answer is a pure function of (data, seed, step, world size), so a
-restarted actor can neither replay nor skip. On the wire rows are ragged and in the smallest integer type that the column needs;
-padding happens at the worker (feed.py).
+restarted actor can neither replay nor skip; what it remembers is only what it tells people. On the wire rows are ragged, all of a call
+end to end, in the smallest integer type that holds them; padding happens at the worker (feed.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from trainkit.data.batches import Budget, compose, share
+from trainkit.data.batches import Budget, Part, Shape, compose, deal, pack
 from trainkit.data.order import epoch_of_step, samples_of_step
 from trainkit.data.tokens import TokenArrays
+from trainkit.units import format_seconds
+
+_CALLS_AT_ONCE = 8  # so that the actor answers while a call is stuck
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Feeding:
     world_size: int
     budget: Budget
     shuffle: bool
+    pack_length: int | None = None  # causal: most tokens of a sequence into which several rows are packed; None: one row each
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,10 @@ class WireMicroBatch:
     """Rows of one micro-batch, ragged: `columns[name] = (values of all rows end to end, length of each row)`."""
 
     index: int  # among the k micro-batches of the step, over all ranks
+    shape: Shape  # to be padded to
     sample_ids: np.ndarray
     columns: dict[str, tuple[np.ndarray, np.ndarray]]
+    packed: np.ndarray | None = None  # rows in each packed sequence
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,52 @@ class WireStep:
     micro_batches: list[WireMicroBatch]
 
 
+@dataclass(frozen=True)
+class WireCall:
+    """The answer to one call: few arrays, because each costs a message more than its bytes do. `unpack` gives views of them."""
+
+    first: int
+    steps: np.ndarray  # int64 [steps, 5]: epoch, samples, label_tokens, k, micro-batches of this rank
+    micro_batches: np.ndarray  # int64 [micro-batches, 5]: index, samples, and the shape's rows, source, target
+    sample_ids: np.ndarray
+    columns: dict[str, tuple[np.ndarray, np.ndarray]]
+    packed: np.ndarray | None  # rows of every packed sequence; a micro-batch has shape.rows of them
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(values.nbytes + lengths.nbytes for values, lengths in self.columns.values()) + self.sample_ids.nbytes
+
+    def unpack(self) -> list[WireStep]:
+        micro_batches = iter(self._micro_batches())
+        steps = []
+        for step, (epoch, samples, label_tokens, k, mine) in enumerate(self.steps.tolist(), start=self.first):
+            steps.append(WireStep(step, epoch, samples, label_tokens, k, [next(micro_batches) for _ in range(mine)]))
+        return steps
+
+    def _micro_batches(self) -> Iterator[WireMicroBatch]:
+        row = sequence = 0
+        value = dict.fromkeys(self.columns, 0)
+        for index, samples, *shape in self.micro_batches.tolist():
+            columns = {}
+            for name, (values, lengths) in self.columns.items():
+                own = lengths[row : row + samples]
+                end = value[name] + int(own.sum())
+                columns[name], value[name] = (values[value[name] : end], own), end
+            packed = None if self.packed is None else self.packed[sequence : sequence + shape[0]]
+            yield WireMicroBatch(index, Shape(*shape), self.sample_ids[row : row + samples], columns, packed)
+            row, sequence = row + samples, sequence + shape[0]
+
+
+@dataclass
+class Handed:
+    """What a rank has been given of a split, for people to read; a restarted actor counts anew."""
+
+    steps: int = 0
+    samples: int = 0
+    since: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)
+
+
 class DataDistributor:
     """A plain class; `make_distributor` makes it a Ray actor. `feedings` maps "train" and "eval" to their rule."""
 
@@ -58,52 +115,136 @@ class DataDistributor:
         self.feedings = feedings
         self.arrays = {split: TokenArrays.open(feeding.folder) for split, feeding in feedings.items()}
         self.composed = functools.lru_cache(maxsize=64)(self._compose)
+        self.lock = threading.Lock()
+        self.handed: dict[tuple[str, int], Handed] = {}
+        self.working_on: dict[int, tuple[str, float]] = {}  # thread to (what, since when)
 
-    def steps(self, split: str, first: int, count: int, rank: int) -> list[WireStep]:
+    def steps(self, split: str, first: int, count: int, rank: int) -> WireCall:
         """Steps first .. first + count - 1 of `split` for one rank; steps count from 1."""
-        return [self._step(split, step, rank) for step in range(first, first + count)]
+        with self._doing(f"reading {split} step {first} for rank {rank}"):
+            call = self._pack(split, first, count, rank)
+        with self.lock:
+            handed = self.handed.setdefault((split, rank), Handed())
+            handed.steps, handed.samples, handed.last = handed.steps + count, handed.samples + len(call.sample_ids), time.monotonic()
+        return call
 
-    def num_steps(self, split: str) -> int:
-        """Steps of one pass over `split`."""
-        feeding = self.feedings[split]
-        return -(-self.arrays[split].rows // feeding.samples_per_step)
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        """What identifies the content of the arrays: a copy on another node must say the same."""
+        return {split: arrays.manifest for split, arrays in self.arrays.items()}
 
-    def _compose(self, split: str, step: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    def doing(self) -> str:
+        """What the actor is working on now, with since when; a call that waits for a disk is seen here."""
+        with self.lock:
+            now = time.monotonic()
+            return "; ".join(f"{what} for {format_seconds(now - since)}" for what, since in self.working_on.values()) or "nothing"
+
+    def get_progress(self, rank: int, split: str = "train") -> dict[str, Any]:
+        """What `rank` was handed since this actor started, its rate, and how many steps it is behind the furthest rank."""
+        with self.lock:
+            of_split = {other: handed for (name, other), handed in self.handed.items() if name == split}
+            mine = of_split.get(rank, Handed())
+            steps = {other: handed.steps for other, handed in of_split.items()} | {rank: mine.steps}
+            return {
+                "rank": rank,
+                "steps": mine.steps,
+                "samples": mine.samples,
+                "samples_per_second": mine.samples / max(1e-9, mine.last - mine.since) if mine.steps else 0.0,
+                "steps_behind": max(steps.values()) - mine.steps,
+                "slowest_rank": min(steps, key=lambda other: (steps[other], other)),
+            }
+
+    @contextlib.contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        thread = threading.get_ident()
+        with self.lock:
+            self.working_on[thread] = what, time.monotonic()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.working_on.pop(thread)
+
+    def _compose(self, split: str, step: int) -> tuple[np.ndarray, list[Part]]:
         feeding, arrays = self.feedings[split], self.arrays[split]
         ids = samples_of_step(feeding.seed, arrays.rows, feeding.samples_per_step, step, feeding.shuffle)
-        source = arrays.column("input_ids").lengths[ids]
-        target = arrays.column("labels").lengths[ids] if feeding.task == "seq2seq" else np.zeros_like(source)
+        source = arrays.column("input_ids").lengths(ids)
+        if feeding.pack_length is not None:
+            return ids, pack(source, feeding.world_size, feeding.budget, feeding.pack_length)
+        target = arrays.column("labels").lengths(ids) if feeding.task == "seq2seq" else np.zeros_like(source)
         return ids, compose(source, target, feeding.world_size, feeding.budget)
 
-    def _step(self, split: str, step: int, rank: int) -> WireStep:
+    def _pack(self, split: str, first: int, count: int, rank: int) -> WireCall:
         feeding, arrays = self.feedings[split], self.arrays[split]
-        ids, parts = self.composed(split, step)
-        mine = [self._micro_batch(arrays, index, ids[parts[index]]) for index in share(len(parts), rank, feeding.world_size)]
-        return WireStep(
-            step=step,
-            epoch=epoch_of_step(arrays.rows, feeding.samples_per_step, step)[0],
-            samples=len(ids),
-            label_tokens=int(arrays.label_tokens[ids].sum()),
-            num_micro_batches=len(parts),
-            micro_batches=mine,
+        steps, micro_batches, sample_ids, packed = [], [], [], []
+        for step in range(first, first + count):
+            ids, parts = self.composed(split, step)
+            mine = deal([part.shape.cost for part in parts], feeding.world_size)[rank]
+            epoch = epoch_of_step(arrays.rows, feeding.samples_per_step, step)[0]
+            steps.append((epoch, len(ids), int(arrays.label_tokens[ids].sum()), len(parts), len(mine)))
+            for index in mine:
+                part = parts[index]
+                micro_batches.append((index, len(part.samples), *part.shape))
+                sample_ids.append(ids[part.samples])
+                packed += [] if part.packed is None else [part.packed]
+        rows = np.concatenate(sample_ids)
+        columns = {name: arrays.column(name).gather(rows) for name in arrays.columns}
+        return WireCall(
+            first=first,
+            steps=np.array(steps, dtype=np.int64),
+            micro_batches=np.array(micro_batches, dtype=np.int64),
+            sample_ids=_narrow(rows),
+            columns={name: (values, _narrow(lengths)) for name, (values, lengths) in columns.items()},
+            packed=np.concatenate(packed) if packed else None,
         )
 
-    @staticmethod
-    def _micro_batch(arrays: TokenArrays, index: int, ids: np.ndarray) -> WireMicroBatch:
-        columns = {}
-        for name in arrays.columns:
-            column = arrays.column(name)
-            rows = [column.row(int(row)) for row in ids]
-            values = np.concatenate(rows) if rows else np.empty(0, column.values.dtype)
-            columns[name] = (values, column.lengths[ids])
-        return WireMicroBatch(index, ids, columns)
+
+def _narrow(numbers: np.ndarray) -> np.ndarray:
+    """Numbers from 0 in the smallest type that holds them."""
+    return numbers.astype(np.min_scalar_type(int(numbers.max(initial=0))))
 
 
-def make_distributor(feedings: dict[str, Feeding]):  # type: ignore[no-untyped-def]  # ray's ActorHandle has no type
-    """Start the DataDistributor as a Ray actor on the driver's node; returns its handle."""
+def make_distributor(feedings: dict[str, Feeding], node_id: str | None = None):  # type: ignore[no-untyped-def]  # ray's handle has no type
+    """Start a DataDistributor as a Ray actor on a node, the driver's by default; returns its handle."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(DataDistributor)
-    return actor.options(scheduling_strategy=here).remote(feedings)
+    there = NodeAffinitySchedulingStrategy(node_id or ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=_CALLS_AT_ONCE)(DataDistributor)
+    return actor.options(scheduling_strategy=there).remote(feedings)
+
+
+@dataclass(frozen=True)
+class Distributors:
+    """Handles: the driver's, which serves everyone, and those of nodes that have one of their own, by node id."""
+
+    of_driver: Any
+    of_node: dict[str, Any]
+
+    def nearest(self) -> Any:
+        """The handle for a worker on this node."""
+        import ray
+
+        return self.of_node.get(ray.get_runtime_context().get_node_id(), self.of_driver)
+
+
+def make_distributors(feedings: dict[str, Feeding], timeout: float = 20.0) -> Distributors:
+    """One DataDistributor on the driver's node, and one on each other node that sees the same arrays.
+
+    The pure order keeps them coherent without talk. A node that does not answer in `timeout` seconds is served by the driver's.
+    """
+    import ray
+
+    of_driver, here = make_distributor(feedings), ray.get_runtime_context().get_node_id()
+    asked = {node: make_distributor(feedings, node) for node in (node["NodeID"] for node in ray.nodes() if node["Alive"]) if node != here}
+    wanted = ray.get(of_driver.manifests.remote())
+    of_node = {}
+    for node, handle in asked.items():
+        try:
+            same = ray.get(handle.manifests.remote(), timeout=timeout) == wanted
+        except ray.exceptions.RayError:  # the node sees no such folder, another one, or went away; a timeout is one of them
+            same = False
+        if same:
+            of_node[node] = handle
+        else:
+            ray.kill(handle)
+    return Distributors(of_driver, of_node)

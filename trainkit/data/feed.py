@@ -1,40 +1,52 @@
-"""The worker's end of the feed: asks the distributor ahead of need, pads, and hands over micro-batches as tensors.
+"""The worker's end of the feed: asks the distributor ahead of need, pads, copies to the device, and hands over micro-batches.
 
-`micro_batches(step)` is asked by step number, so a loop may start anywhere. Rows arrive ragged; padding is masked by position, never by
-id. A rank without samples gets one row of one EOS whose labels are all -100.
+`micro_batches(step)` is asked by step number, so a loop may start anywhere. A background thread does the work; how far it runs ahead is
+bounded by bytes. Padding is masked by position, never by id. A row of padding, and all that a rank without samples gets, is one EOS whose
+labels are all -100.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from trainkit.data.batches import round_up
-from trainkit.data.distributor import WireMicroBatch, WireStep
+from trainkit.data.distributor import WireCall, WireMicroBatch, WireStep
 from trainkit.errors import TrainingError
+from trainkit.units import MIB, format_seconds
 
 IGNORED_LABEL = -100
-STEPS_PER_CALL = 8
-STUCK_SECONDS = 120.0
+AHEAD_BYTES = 64 * MIB  # of padded tensors that wait for use; at least one step
+CALL_BYTES = 1 * MIB  # of one answer of the distributor: large enough to pay for the call, small enough to come soon
+MOST_STEPS_PER_CALL = 64
+CALLS_AHEAD = 2
+NOTICE_SECONDS = 20.0  # a wait that is said
+STUCK_SECONDS = 300.0  # a wait that ends the run, long before the collectives of the other ranks give up
+
+Answer = Callable[[], WireCall]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Tensors of shape [rows, padded length] (labels of classification: [rows]), on the device of the feed."""
+    """Tensors of shape [rows, padded length] (labels of classification: [rows]), on the device of the feed.
+
+    Packed sequences have position_ids, which start anew with each row in them, and no attention_mask.
+    """
 
     index: int  # among the k micro-batches of the step, over all ranks
     sample_ids: np.ndarray
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     labels: torch.Tensor
     token_type_ids: torch.Tensor | None
     tokens: int  # real ones, padding not counted
     padded_tokens: int
+    position_ids: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,17 +61,24 @@ class StepBatch:
     micro_batches: list[MicroBatch]
 
 
-class Feed:
-    """Micro-batches of one rank. `fetch(first, count)` returns the wire steps first .. first + count - 1."""
+@dataclass(frozen=True)
+class Source:
+    """How a feed reaches the distributor. `ask(first, count)` starts a call and returns what waits for its answer.
 
-    def __init__(
-        self, fetch: Callable[[int, int], list[WireStep]], *, last_step: int, task: str, pad_id: int, eos_id: int, device: torch.device
-    ):
-        self.fetch, self.last_step = fetch, last_step
-        self.pad = Padding(task, pad_id, eos_id)
-        self.device = device
-        self.waiting: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=2 * STEPS_PER_CALL)
-        self.stopped = threading.Event()
+    `doing` says what the distributor is working on; `say` tells the person who waits, and the empty text that the wait is over.
+    """
+
+    ask: Callable[[int, int], Answer]
+    doing: Callable[[], str] = lambda: "is unknown"
+    say: Callable[[str], None] = lambda text: None
+
+
+class Feed:
+    """Micro-batches of one rank for steps up to `last_step`."""
+
+    def __init__(self, source: Source, padding: Padding, *, rank: int, last_step: int, device: torch.device):
+        self.source, self.padding, self.rank, self.last_step, self.device = source, padding, rank, last_step, device
+        self.ahead: _Ahead = _Ahead(AHEAD_BYTES)
         self.next_step: int | None = None
         self.thread: threading.Thread | None = None
 
@@ -67,51 +86,135 @@ class Feed:
         """The micro-batches of optimizer step `step` (from 1), on the device. Raises TrainingError when the feed is stuck."""
         if step != self.next_step:
             self._start(step)
-        try:
-            batch = self.waiting.get(timeout=STUCK_SECONDS)
-        except queue.Empty:
-            raise TrainingError(f"step {step}: no data for {STUCK_SECONDS:.0f} s from the DataDistributor", step=step) from None
-        if isinstance(batch, BaseException):
-            raise batch
+        item = self._waited(step)
+        if isinstance(item, BaseException):
+            self.next_step = None
+            raise item
         self.next_step = step + 1
-        return self._to_device(batch)
+        batch, copied = item
+        if copied is not None:
+            _hand_over(batch, copied)
+        return batch
 
     def close(self) -> None:
-        """End the background thread; what it has fetched is dropped."""
-        self.stopped.set()
-        while self.thread is not None and self.thread.is_alive():
-            while not self.waiting.empty():
-                self.waiting.get_nowait()
-            self.thread.join(timeout=0.05)
+        """End the background thread; what it has fetched is dropped. A call that is under way is left to end by itself."""
+        self.ahead.close()
+        self.next_step = None
+
+    def _waited(self, step: int) -> _Item:
+        waited, item = 0.0, self.ahead.take(NOTICE_SECONDS)
+        while item is None:
+            waited += NOTICE_SECONDS
+            text = f"step {step}: rank {self.rank} has waited {format_seconds(waited)} for data; the DataDistributor {self.source.doing()}"
+            if waited >= STUCK_SECONDS:
+                raise TrainingError(text, step=step, rank=self.rank)
+            self.source.say(text)
+            item = self.ahead.take(NOTICE_SECONDS)
+        if waited:
+            self.source.say("")
+        return item
 
     def _start(self, step: int) -> None:
         self.close()
-        self.stopped.clear()
-        self.waiting = queue.Queue(maxsize=2 * STEPS_PER_CALL)
-        self.thread = threading.Thread(target=self._read_ahead, args=(step, self.waiting), name="feed", daemon=True)
+        self.ahead = _Ahead(AHEAD_BYTES)
+        self.thread = threading.Thread(target=self._read_ahead, args=(step, self.ahead), name="feed", daemon=True)
         self.thread.start()
 
-    def _read_ahead(self, step: int, waiting: queue.Queue[StepBatch | BaseException]) -> None:
+    def _read_ahead(self, step: int, ahead: _Ahead) -> None:
+        """Keep CALLS_AHEAD calls under way, each of about CALL_BYTES: the first asks for one step, which comes soonest."""
+        asked: deque[tuple[int, Answer]] = deque()
+        count, copier = 1, _Copier(self.device)
         try:
-            while step <= self.last_step and not self.stopped.is_set():
-                for wire in self.fetch(step, min(STEPS_PER_CALL, self.last_step - step + 1)):
-                    self._put(waiting, self.pad.step(wire, pin=self.device.type == "cuda"))
-                step += STEPS_PER_CALL
+            while not ahead.closed:
+                while len(asked) < CALLS_AHEAD and step <= self.last_step:
+                    count = min(count, self.last_step - step + 1)
+                    asked.append((count, self.source.ask(step, count)))
+                    step += count
+                if not asked:
+                    return
+                answered, answer = asked.popleft()
+                call = answer()
+                count = max(1, min(MOST_STEPS_PER_CALL, CALL_BYTES * answered // max(1, call.num_bytes)))
+                for wire in call.unpack():
+                    ahead.put(*copier.copied(self.padding.step(wire, pin=copier.pin)))
         except BaseException as error:  # it belongs to the loop, which asks next
-            self._put(waiting, error)
+            ahead.put(error, 0)
 
-    def _put(self, waiting: queue.Queue[StepBatch | BaseException], item: StepBatch | BaseException) -> None:
-        while not self.stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            return
 
-    def _to_device(self, batch: StepBatch) -> StepBatch:
-        if self.device.type == "cpu":
-            return batch
-        return StepBatch(**{**vars(batch), "micro_batches": [moved(micro, self.device) for micro in batch.micro_batches]})
+_Item = tuple[StepBatch, "torch.cuda.Event | None"] | BaseException
+
+
+class _Ahead:
+    """Steps that wait for the loop, bounded by their bytes. One thread puts, one takes."""
+
+    def __init__(self, most_bytes: int):
+        self.most_bytes, self.waiting_bytes, self.closed = most_bytes, 0, False
+        self.items: deque[tuple[_Item, int]] = deque()
+        self.changed = threading.Condition()
+
+    def put(self, item: _Item, num_bytes: int) -> None:
+        """Waits until there is room; anything goes into an empty queue, nothing into a closed one."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.closed or not self.items or self.waiting_bytes + num_bytes <= self.most_bytes)
+            if not self.closed:
+                self.items.append((item, num_bytes))
+                self.waiting_bytes += num_bytes
+                self.changed.notify_all()
+
+    def take(self, seconds: float) -> _Item | None:
+        """The oldest item; None if there is none for so long."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.items, timeout=seconds):
+                return None
+            item, num_bytes = self.items.popleft()
+            self.waiting_bytes -= num_bytes
+            self.changed.notify_all()
+            return item
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.items.clear()
+            self.changed.notify_all()
+
+
+class _Copier:
+    """Copies to the device on a stream of its own, so that a step lies there when the loop asks for it."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.pin = device, device.type == "cuda"
+        if self.pin:
+            torch.cuda.set_device(device)
+            self.stream = torch.cuda.Stream(device)
+
+    def copied(self, batch: StepBatch) -> tuple[_Item, int]:
+        """(the batch on the device with what tells that it has arrived, its bytes)."""
+        num_bytes = sum(tensor.nbytes for micro in batch.micro_batches for tensor in _tensors(micro).values())
+        if not self.pin:
+            return (batch, None), num_bytes
+        with torch.cuda.stream(self.stream):
+            there = replace(batch, micro_batches=[moved(micro, self.device) for micro in batch.micro_batches])
+            arrived = torch.cuda.Event()
+            arrived.record(self.stream)
+        return (there, arrived), num_bytes
+
+
+def _hand_over(batch: StepBatch, arrived: torch.cuda.Event) -> None:
+    """The loop's stream waits for the copies, without the host, and the allocator learns who uses them now."""
+    current = torch.cuda.current_stream()
+    current.wait_event(arrived)
+    for micro in batch.micro_batches:
+        for tensor in _tensors(micro).values():
+            tensor.record_stream(current)
+
+
+def _tensors(micro: MicroBatch) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in vars(micro).items() if isinstance(value, torch.Tensor)}
+
+
+def moved(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    """The same micro-batch on a device."""
+    return replace(micro, **{name: value.to(device, non_blocking=True) for name, value in _tensors(micro).items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -127,44 +230,64 @@ class Padding:
         return StepBatch(wire.step, wire.epoch, wire.samples, wire.label_tokens, wire.num_micro_batches, micro_batches)
 
     def micro_batch(self, wire: WireMicroBatch, pin: bool = False) -> MicroBatch:
-        columns = wire.columns if len(wire.sample_ids) else self._no_samples(wire)
-        values, lengths = columns["input_ids"]
-        input_ids = rectangle(values, lengths, self.pad_id)
-        mask = np.arange(input_ids.shape[1]) < lengths[:, None]
-        labels, label_lengths = columns["labels"]
-        label_rows = labels.astype(np.int64) if self.task == "classification" else rectangle(labels, label_lengths, IGNORED_LABEL)
-        types = columns.get("token_type_ids")
-        real = len(wire.sample_ids) > 0
+        if wire.packed is not None:
+            return self._packed(wire, wire.packed, pin)
+        rows, source, target = wire.shape
+        values, lengths = wire.columns["input_ids"]
+        labels, label_lengths = wire.columns["labels"]
+        input_ids = rectangle(values, lengths, self.pad_id, (rows, source), pin)
+        mask = rectangle(np.ones(len(values), np.int64), lengths, 0, (rows, source), pin)
+        input_ids[len(lengths) :, 0], mask[len(lengths) :, 0] = self.eos_id, 1
+        if self.task == "classification":
+            label_rows = rectangle(labels, label_lengths, IGNORED_LABEL, (rows, 1), pin)[:, 0].contiguous()
+        else:
+            label_rows = rectangle(labels, label_lengths, IGNORED_LABEL, (rows, target if self.task == "seq2seq" else source), pin)
+        types = wire.columns.get("token_type_ids")
         targets = self.task == "seq2seq"
-
-        def tensor(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).pin_memory() if pin else torch.from_numpy(array)
-
         return MicroBatch(
             index=wire.index,
             sample_ids=wire.sample_ids,
-            input_ids=tensor(input_ids),
-            attention_mask=tensor(mask.astype(np.int64)),
-            labels=tensor(label_rows),
-            token_type_ids=None if types is None else tensor(rectangle(*types, 0)),
-            tokens=int(real) * int(lengths.sum() + (label_lengths.sum() if targets else 0)),
-            padded_tokens=input_ids.size + (label_rows.size if targets else 0),
+            input_ids=input_ids,
+            attention_mask=mask,
+            labels=label_rows,
+            token_type_ids=None if types is None else rectangle(*types, 0, (rows, source), pin),
+            tokens=int(lengths.sum(dtype=np.int64) + (label_lengths.sum(dtype=np.int64) if targets else 0)),
+            padded_tokens=input_ids.numel() + (label_rows.numel() if targets else 0),
         )
 
-    def _no_samples(self, wire: WireMicroBatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        one = np.ones(1, dtype=np.int64)
-        columns = {name: (np.zeros(1, dtype=np.int64), one) for name in wire.columns}
-        return columns | {"input_ids": (one * self.eos_id, one), "labels": (one * IGNORED_LABEL, one)}
+    def _packed(self, wire: WireMicroBatch, packed: np.ndarray, pin: bool) -> MicroBatch:
+        """Several rows in one sequence. Positions start anew with each row, and at the padding, so that attention keeps to its row.
+
+        A row's first label is never learned: the token before it belongs to another row.
+        """
+        values, lengths = wire.columns["input_ids"]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        labels = wire.columns["labels"][0].astype(np.int64)
+        labels[ends - lengths] = IGNORED_LABEL
+        positions = np.arange(len(values)) - np.repeat(ends - lengths, lengths)
+        whole = np.diff(np.append(0, ends)[np.append(0, np.cumsum(packed, dtype=np.int64))])
+        shape = wire.shape.rows, wire.shape.source
+        position_ids = rectangle(positions, whole, 0, shape, pin)
+        padding = np.arange(shape[1]) - whole[:, None]
+        position_ids.numpy()[padding >= 0] = padding[padding >= 0]
+        return MicroBatch(
+            index=wire.index,
+            sample_ids=wire.sample_ids,
+            input_ids=rectangle(values, whole, self.eos_id, shape, pin),
+            attention_mask=None,
+            labels=rectangle(labels, whole, IGNORED_LABEL, shape, pin),
+            token_type_ids=None,
+            tokens=len(values),
+            padded_tokens=shape[0] * shape[1],
+            position_ids=position_ids,
+        )
 
 
-def rectangle(values: np.ndarray, lengths: np.ndarray, fill: int) -> np.ndarray:
-    """Rows laid end to end become int64 [rows, longest length rounded up], short rows filled at the right."""
-    out = np.full((len(lengths), int(round_up(lengths).max(initial=0))), fill, dtype=np.int64)
-    out[np.arange(out.shape[1]) < lengths[:, None]] = values
+def rectangle(values: np.ndarray, lengths: np.ndarray, fill: int, shape: tuple[int, int] | None = None, pin: bool = False) -> torch.Tensor:
+    """Rows laid end to end become int64 [rows, width], filled at the right and below; without a shape as wide as the longest rounded up."""
+    rows, width = shape or (len(lengths), int(round_up(lengths).max(initial=0)))
+    out = torch.full((rows, width), fill, dtype=torch.int64, pin_memory=pin)
+    inside = np.zeros((rows, width), dtype=bool)
+    inside[: len(lengths)] = np.arange(width) < np.asarray(lengths)[:, None]
+    out.numpy()[inside] = values
     return out
-
-
-def moved(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    """The same micro-batch on a device."""
-    tensors = {name: value.to(device, non_blocking=True) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)}
-    return MicroBatch(**{**vars(micro), **tensors})

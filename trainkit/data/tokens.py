@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainkit.data import templates
-from trainkit.data.arrays import TokenArrays, Writer, read_manifest
+from trainkit.data.arrays import TokenArrays, Writer, holds
 from trainkit.data.encoding import Form, form_of, limits
 from trainkit.data.hub import hub_is_reached, no_hub
 from trainkit.data.source import Rows, load_rows
@@ -101,7 +101,7 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> Prepared:
     for split, part in splits.items():
         part = part.select_columns(list(dict.fromkeys(form.columns)))
         folder = Path(recipe.run.storage_path) / ".cache" / "tokens" / _content_key(part, settings)
-        if read_manifest(folder) is None:
+        if not holds(folder):
             _tokenize(part, form, folder, progress, done, total)
         done += len(part)
         if progress is not None:
@@ -130,13 +130,13 @@ def _tokenize(part: Any, form: Form, folder: Path, progress: Progress | None, do
 
 
 def _report(arrays: TokenArrays) -> SplitReport:
-    columns = {name: arrays.column(name) for name in ("input_ids", "labels")}
+    found = arrays.manifest
     return SplitReport(
         rows=arrays.rows,
-        truncated=arrays.manifest["truncated"],
-        unlabelled=int((arrays.label_tokens == 0).sum()),
-        longest={name: int(column.lengths.max()) for name, column in columns.items()},
-        tokens={"input_ids": len(columns["input_ids"].values), "labels": int(arrays.label_tokens.sum(dtype="int64"))},
+        truncated=found["truncated"],
+        unlabelled=found["unlabelled"],
+        longest={name: found["longest"][name] for name in ("input_ids", "labels")},
+        tokens={name: found["tokens"][name] for name in ("input_ids", "labels")},
     )
 
 

@@ -186,7 +186,8 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _real(logits: torch.Tensor, batch: MicroBatch, recipe: Recipe) -> torch.Tensor:
     """Logits [positions, classes] that mean something: causal ones at padding depend on the attention kernel and on nothing else."""
-    return logits[batch.attention_mask.bool().cpu()] if recipe.model.task == "causal" else logits
+    mask = batch.attention_mask
+    return logits[mask.bool().cpu()] if recipe.model.task == "causal" and mask is not None else logits
 
 
 def _few_rows(batch: MicroBatch) -> MicroBatch:

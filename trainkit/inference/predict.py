@@ -118,8 +118,8 @@ def generate(model: Any, prompts: Rows, tokenizer: Any, where: Rank, *, task: st
     for rows, counts in batches(_lengths(prompts), where, max_new_tokens):
         ids, mask = _padded([prompts[row] for row in rows], tokenizer.pad_token_id, left)
         out = base_model(model).generate(
-            input_ids=torch.from_numpy(ids).to(where.device),
-            attention_mask=torch.from_numpy(mask).to(where.device),
+            input_ids=ids.to(where.device),
+            attention_mask=mask.to(where.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -137,7 +137,7 @@ def classify(model: Any, texts: Rows, types: Rows | None, tokenizer: Any, where:
 
     def tensor(column: Rows, fill: int, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = _padded([column[row] for row in rows], fill)
-        return torch.from_numpy(ids).to(where.device), torch.from_numpy(mask).to(where.device)
+        return ids.to(where.device), mask.to(where.device)
 
     for rows, counts in batches(_lengths(texts), where):
         ids, mask = tensor(texts, tokenizer.pad_token_id, rows)
@@ -182,12 +182,12 @@ def _lengths(rows: Rows) -> np.ndarray:
     return np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
 
 
-def _padded(rows: Rows, fill: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def _padded(rows: Rows, fill: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, mask), int64 [rows, longest rounded up]."""
     lengths = _lengths(rows)
     ids = rectangle(np.concatenate([row[::-1] if left else row for row in rows]), lengths, fill)
-    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-    return (np.ascontiguousarray(ids[:, ::-1]), np.ascontiguousarray(mask[:, ::-1])) if left else (ids, mask)
+    mask = (torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]).long()
+    return (ids.flip(1), mask.flip(1)) if left else (ids, mask)
 
 
 def _encoded(recipe: Recipe, tokenizer: Any, inputs: Sequence[str | Mapping[str, Any]]) -> dict[str, Rows]:

@@ -19,7 +19,7 @@ MISSING: Any = object()
 
 def combination_faults(view: View) -> None:
     """Add to the view a fault for each combination that cannot be trained."""
-    for check in (_name, _paths, _length, _batch, _limits, _columns, _not_yet, _metrics, _best):
+    for check in (_name, _paths, _length, _batch, _limits, _columns, _packing, _not_yet, _metrics, _best):
         check(view)
 
 
@@ -87,9 +87,17 @@ def _pair(view: View, task: str, source: bool, target: bool) -> None:
         view.fault("data.source", "causal needs target beside source (loss on it alone); for plain text write data.target alone")
 
 
+def _packing(view: View) -> None:
+    if view.value("data.packing") is not True:
+        return
+    task, attention = view.value("model.task"), view.value("model.attn_implementation")
+    if task is not MISSING and task != "causal":
+        view.fault("data.packing", f"only for causal; model.task is {task}: write false")
+    if isinstance(attention, str) and attention not in ("sdpa", "eager"):
+        view.fault("model.attn_implementation", f"{attention} does not keep packed rows apart in every batch: write sdpa or eager")
+
+
 def _not_yet(view: View) -> None:
-    if view.value("data.packing") is True:
-        view.fault("data.packing", "is not available yet: write false; micro-batches by token budget already keep padding low")
     if isinstance(view.value("scaling.num_workers"), list):
         view.fault("scaling.num_workers", "a list (elastic) is not available yet: write one number of workers")
     if view.value("model.precision") == "fp16" and view.value("scaling.use_gpu") is False:

@@ -50,6 +50,7 @@ class StepRecord:
     samples: int
     tokens: int
     padding_fraction: float
+    tokens_imbalance: float  # largest over mean of the ranks' real tokens
     seconds: float
     data_wait_seconds: float  # of the rank that waited longest
     applied: bool
@@ -119,6 +120,7 @@ def _record(mine: Submitted, gathered: torch.Tensor) -> StepRecord:
         samples=batch.samples,
         tokens=int(tokens),
         padding_fraction=1 - tokens / max(1, padded),
+        tokens_imbalance=max(by_name["tokens"]) * len(losses) / max(1, tokens),
         seconds=mine.seconds,
         data_wait_seconds=max(by_name["data_wait"]),
         applied=all(by_name["applied"]),
@@ -142,5 +144,7 @@ def as_json(record: StepRecord, order: str) -> dict[str, Any]:
     """The line of steps.jsonl: the contract's keys, and `skipped` where DeepSpeed did not apply the step. peak_memory_gib: one per rank."""
     keys = ("step", "loss", "grad_norm", "lr", "samples", "tokens", "seconds", "data_wait_seconds")
     line = {key: getattr(record, key) for key in keys} | {"order": order, "padding_fraction": round(record.padding_fraction, 4)}
+    line["data_wait_fraction"] = round(record.data_wait_seconds / record.seconds, 6)
+    line["tokens_imbalance"] = round(record.tokens_imbalance, 4)
     line["peak_memory_gib"] = [round(gib(peak), 3) for peak in record.peak_bytes]
     return line if record.applied else line | {"skipped": True}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ def _seq2seq_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 def _causal_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Packed rows keep to themselves: without a mask, transformers reads the borders from positions that start anew."""
+    if batch.position_ids is not None:
+        return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
 
 
@@ -66,6 +69,26 @@ TASKS = {
     "causal": Task(transformers.AutoModelForCausalLM, "CAUSAL_LM", _causal_logits, _causal_sum),
     "classification": Task(transformers.AutoModelForSequenceClassification, "SEQ_CLS", _class_logits, _token_sum),
 }
+
+
+def check_packing(logits: Callable[[MicroBatch], torch.Tensor], batch: MicroBatch) -> None:
+    """Raises DataError if a row's logits depend on the row that is packed in front of it. Every rank must call it: under ZeRO-3 a forward
+    is a collective.
+
+    Half of the first sequence is given other tokens, up to a border; what stands behind the border must not notice (8 bits of bf16 apart).
+    """
+    assert batch.position_ids is not None
+    starts = (batch.position_ids[0] == 0).nonzero().flatten()
+    border = int(starts[len(starts) // 2])
+    changed = batch.input_ids.clone()
+    changed[:, :border] = changed[:, :border].roll(1, dims=1) if border else changed[:, :border]
+    with torch.no_grad():
+        before, after = logits(batch)[0, border:].float(), logits(replace(batch, input_ids=changed))[0, border:].float()
+    if (before - after).abs().max() > 2e-2 * before.abs().max():
+        raise DataError(
+            "data.packing: this model lets a row see the rows packed in front of it. "
+            "Write data.packing: false, or model.attn_implementation: sdpa"
+        )
 
 
 def base_model(model: torch.nn.Module) -> Any:
