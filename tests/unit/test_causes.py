@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 
 from trainkit.cluster.causes import first_cause
 from trainkit.errors import CapacityError, DataError, NonFiniteError, TrainingError
@@ -63,6 +64,69 @@ def test_an_error_of_the_driver_is_its_own_cause(folder: RunFolder) -> None:
     assert first_cause(error, folder, 2) is error
 
 
-def test_a_bug_of_the_driver_is_not_dressed_up(folder: RunFolder) -> None:
-    with pytest.raises(ZeroDivisionError):
-        first_cause(ZeroDivisionError(), folder, 2)
+def test_a_bug_of_the_driver_is_told_in_one_line_with_its_traceback_behind_it(folder: RunFolder) -> None:
+    bug = ZeroDivisionError("division by zero")
+    cause = first_cause(bug, folder, 2)
+    assert (type(cause), cause.message, cause.exit_code) == (TrainingError, "ZeroDivisionError: division by zero", 4)
+    assert cause.__cause__ is bug and not cause.facts["from_outside"]
+    assert first_cause(KeyError(), folder, 2).message == "KeyError"
+
+
+def test_a_full_disk_names_the_place_and_the_way_out(folder: RunFolder) -> None:
+    named = first_cause(OSError(errno.ENOSPC, "No space left on device", "/runs/.cache/tokens"), folder, 2)
+    assert named.message == "/runs/.cache/tokens: No space left on device. Make room there or choose another folder with --runs"
+    nameless = first_cause(OSError(errno.ENOSPC, "No space left on device"), folder, 2)
+    assert nameless.message.startswith(f"{folder.path}: No space left on device")
+    assert first_cause(TimeoutError(errno.ETIMEDOUT, "timed out"), folder, 2).message == "TimeoutError: [Errno 110] timed out"
+
+
+NCCL = (
+    "NCCL error in: ProcessGroupNCCL.cpp:2772, remote process exited or there was a network error, NCCL version 2.21.5",
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    "socketProgress: Connection closed by remote peer node-2<41424>",
+    "NCCL communicator was aborted on rank 0.",
+    "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for 1800000 milliseconds",
+)
+
+
+@pytest.mark.parametrize("words", NCCL)
+def test_what_nccl_says_of_a_lost_peer_points_to_the_rank_that_said_nothing(folder: RunFolder, words: str) -> None:
+    folder.write_error(0, 4, RuntimeError(words), "Traceback")
+    assert "the process of rank 1 ended after step 4" in first_cause(GROUP, folder, 2).message
+
+
+def test_a_dead_process_comes_before_whatever_nccl_says_of_it(folder: RunFolder) -> None:
+    class DistBackendError(RuntimeError):
+        """As torch calls it."""
+
+    folder.write_error(0, 4, DistBackendError("NCCL error: in words of a later version"), "Traceback")
+    assert "rank 0 failed after step 4: DistBackendError" in first_cause(GROUP, folder, 2).message
+    assert "the process of rank 1 ended" in first_cause(WorkerGroupError("", {1: ActorDiedError()}), folder, 2).message
+
+
+def test_ranks_that_all_lost_a_peer_and_all_spoke_are_not_called_silent(folder: RunFolder) -> None:
+    for rank in (1, 0):
+        folder.write_error(rank, 4, RuntimeError(NCCL[-1]), "Traceback")
+    assert "rank 1 failed after step 4: RuntimeError: [Rank 0] Watchdog" in first_cause(GROUP, folder, 2).message
+
+
+@pytest.mark.parametrize(
+    ("left", "outside"),
+    [(PEER_LOST, True), (ActorDiedError(), True), (ValueError("a bug"), False), (NonFiniteError("NaN"), False)],
+)
+def test_what_was_ended_from_outside_is_told_apart_from_what_failed(folder: RunFolder, left: Exception, outside: bool) -> None:
+    for rank in (0, 1):
+        folder.write_error(rank, 4, left, "Traceback")
+    assert first_cause(GROUP, folder, 2).facts.get("from_outside", False) is outside
+
+
+def test_out_of_memory_is_a_failure_of_its_own_though_ray_has_an_error_of_that_name(folder: RunFolder) -> None:
+    class OutOfMemoryError(RuntimeError):
+        """As torch calls it."""
+
+    folder.write_error(0, 4, OutOfMemoryError("CUDA out of memory"), "Traceback")
+    assert first_cause(GROUP, folder, 2).facts["from_outside"] is False
+
+
+def test_a_controller_that_failed_is_ended_from_outside(folder: RunFolder) -> None:
+    assert first_cause(ControllerError(RuntimeError("lost")), folder, 2).facts["from_outside"]

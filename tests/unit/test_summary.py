@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from trainkit.cluster import driver
+from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
-from trainkit.errors import CapacityError, Interrupted, NonFiniteError
+from trainkit.errors import CapacityError, ExportMismatch, Interrupted, NonFiniteError, TrainingError, TrainkitError, UsageError
 from trainkit.planning.planner import Plan
+from trainkit.runs.folder import RunFolder
 
 CONTRACT = {
     *("status", "steps", "epochs", "samples", "tokens", "train_loss", "eval", "seconds", "samples_per_second", "tokens_per_second"),
@@ -65,3 +70,54 @@ def test_a_failed_run_keeps_its_steps_and_says_where() -> None:
 def test_an_interrupted_run_is_not_a_failed_one() -> None:
     assert summarize(PLAN, steps(3.0), {"status": "interrupted", "steps": 1}, Interrupted("stopped"), 3.0)["status"] == "interrupted"
     assert summarize(PLAN, steps(3.0), {}, Interrupted("stopped at once"), 3.0)["status"] == "interrupted"
+
+
+def ended(folder: RunFolder, train: Callable[[], Any], signals: int = 0) -> TrainkitError:
+    """The error with which the driver ends a run whose `train` raises."""
+    taken = Signals()
+    taken.taken = signals
+    run = SimpleNamespace(train=train, plan=PLAN, folder=folder, signals=taken)
+    with pytest.raises(TrainkitError) as raised:
+        driver._recorded(cast(Any, run), 0.0)
+    return raised.value
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    def train() -> Any:
+        raise error
+
+    return train
+
+
+def test_a_bug_leaves_a_summary_and_exit_code_4(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "small")
+    error = ended(folder, raising(ZeroDivisionError("division by zero")))
+    assert (type(error), error.exit_code, error.message) == (TrainingError, 4, "ZeroDivisionError: division by zero")
+    assert isinstance(error.__cause__, ZeroDivisionError), "--debug shows where it came from"
+    found = folder.read_summary()
+    assert found is not None and (found["status"], found["error"]["message"]) == ("failed", error.message)
+
+
+def test_a_summary_that_cannot_be_written_does_not_hide_the_first_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.create(tmp_path, "small")
+
+    def full(summary: object) -> None:
+        raise UsageError("the run folder cannot be written")
+
+    monkeypatch.setattr(folder, "write_summary", full)
+    assert ended(folder, raising(NonFiniteError("step 2: NaN"))).message == "step 2: NaN"
+    assert "cannot be written" in ended(folder, lambda: {"status": "completed", "steps": 1}).message
+
+
+@pytest.mark.parametrize("failure", [NonFiniteError("step 2: NaN"), ExportMismatch("differs"), ValueError("a bug")])
+def test_a_failure_after_one_signal_stays_a_failure(tmp_path: Path, failure: Exception) -> None:
+    folder = RunFolder.create(tmp_path, "small")
+    assert ended(folder, raising(failure), signals=1).exit_code == 4
+    found = folder.read_summary()
+    assert found is not None and found["status"] == "failed"
+
+
+def test_a_process_that_a_signal_ended_was_interrupted(tmp_path: Path) -> None:
+    killed = TrainingError("the process of rank 1 ended", from_outside=True)
+    assert ended(RunFolder.create(tmp_path, "small"), raising(killed), signals=1).exit_code == 130
+    assert ended(RunFolder.create(tmp_path, "small"), raising(killed)).exit_code == 4

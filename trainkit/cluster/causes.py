@@ -2,13 +2,16 @@
 
 When one rank fails, the others fail after it: their connections break. What the user reads is the first cause. A rank that could still
 speak left its error in the run folder; one that was killed left nothing, and Ray alone knows of it.
+
+An error with the fact `from_outside` tells of a process that was ended, not of what it did: after a signal, the signal was the cause.
 """
 
 from __future__ import annotations
 
-import traceback
+import errno
 from typing import Any
 
+from ray import exceptions
 from ray.exceptions import RayActorError, RayError
 from ray.train import ControllerError, WorkerGroupError
 
@@ -16,22 +19,32 @@ from trainkit import errors
 from trainkit.errors import TrainingError, TrainkitError
 from trainkit.runs.folder import RunFolder, WorkerError
 
-_PEER_LOST = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "nccl remote", "socket closed")
+# What gloo, NCCL and torch's watchdog say on a rank whose peer is gone, in lower case.
+_PEER_LOST = (
+    *("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket closed"),
+    *("closed by remote peer", "ncclremoteerror", "nccl remote", "remote process exited", "communicator was aborted", "watchdog"),
+)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def first_cause(failure: BaseException, folder: RunFolder, world_size: int) -> TrainkitError:
-    """The error to show for what `fit` raised. Its kind, message and exit code are those of the rank that failed first."""
+    """The error to show for what ended a run. Its kind, message and exit code are those of the rank that failed first.
+
+    A process that Ray saw die comes before any DistBackendError: NCCL words what happens to the survivors in too many ways to know all.
+    """
     if isinstance(failure, TrainkitError):
         return failure
     left = folder.errors()
-    of_its_own = [error for error in left if not _lost_a_peer(error)]
+    dead = {rank: error for rank, error in _worker_failures(failure).items() if _process_died(error)}
+    of_its_own = [error for error in left if not _lost_a_peer(error) and not (dead and error.kind == "DistBackendError")]
+    silent = sorted(dead) or sorted(set(range(world_size)) - {error.rank for error in left})
     if of_its_own:
         return _told(of_its_own[0], folder)
-    dead = {rank: error for rank, error in _worker_failures(failure).items() if _process_died(error)}
-    if left or dead:
-        silent = sorted(dead) or sorted(set(range(world_size)) - {error.rank for error in left})
+    if dead or (left and silent):
         return _killed(silent, left, dead)
-    return _unknown(failure)
+    if left:
+        return _told(left[0], folder)
+    return _unknown(failure, folder)
 
 
 def _worker_failures(failure: BaseException) -> dict[int, BaseException]:
@@ -59,7 +72,14 @@ def _told(error: WorkerError, folder: RunFolder) -> TrainkitError:
         f"{where}: {error.kind}: {error.message.strip()}\nThe whole traceback: {folder.traceback_path(error.rank)}",
         rank=error.rank,
         step=error.step,
+        from_outside=_lost_a_peer(error) or _is_rays(error),
     )
+
+
+def _is_rays(error: WorkerError) -> bool:
+    """Whether Ray raised it on the rank: an actor, a node or an object was lost."""
+    kind = getattr(exceptions, error.kind, None)
+    return isinstance(kind, type) and issubclass(kind, RayError) and kind is not exceptions.OutOfMemoryError  # torch has one of that name
 
 
 def _killed(silent: list[int], left: list[WorkerError], dead: dict[int, BaseException]) -> TrainingError:
@@ -73,6 +93,7 @@ def _killed(silent: list[int], left: list[WorkerError], dead: dict[int, BaseExce
         f"or crashed in native code.{reason}",
         rank=silent[0] if len(silent) == 1 else None,
         step=step,
+        from_outside=True,
     )
 
 
@@ -85,15 +106,24 @@ def _ray_reason(error: BaseException) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
-def _unknown(failure: BaseException) -> TrainkitError:
-    """Ray's own failures, and errors of a worker before it had a run folder to write to."""
+def _unknown(failure: BaseException, folder: RunFolder) -> TrainkitError:
+    """Ray's own failures, errors of a worker before it had a run folder to write to, and what the driver itself raised."""
     for error in [*_worker_failures(failure).values(), failure]:
         for link in _chain(error):
             if isinstance(link, TrainkitError):
                 return link
-    if not isinstance(failure, WorkerGroupError | ControllerError | RayError):
-        raise failure
-    return TrainingError("".join(traceback.format_exception_only(failure)).strip())
+    of_ray = isinstance(failure, WorkerGroupError | ControllerError | RayError)
+    words = _full_disk(failure, folder) or ": ".join(filter(None, [type(failure).__name__, str(failure).strip()]))
+    error = TrainingError(words, from_outside=of_ray)
+    error.__cause__ = failure
+    return error
+
+
+def _full_disk(failure: BaseException, folder: RunFolder) -> str | None:
+    if not isinstance(failure, OSError) or failure.errno not in _DISK_FULL:
+        return None
+    place = failure.filename or folder.path
+    return f"{place}: {failure.strerror}. Make room there or choose another folder with --runs"
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -130,12 +130,13 @@ def _recorded(run: _Run, began: float) -> dict[str, Any]:
     except KeyboardInterrupt:
         error = Interrupted(f"interrupted at once; its record is {run.folder.path}")
     except Exception as failure:
-        error = _cause(failure, run)
-        if run.signals.taken:  # the signal went to the whole process group, as batch systems send it
-            error = Interrupted(f"interrupted at once: {error.message}; its record is {run.folder.path}")
+        error = _unless_interrupted(_cause(failure, run), run)
     with run.signals.ignored():
         summary = summarize(run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began)
-        run.folder.write_summary(summary)
+        try:
+            run.folder.write_summary(summary)
+        except TrainkitError as unwritten:  # the disk is full: what filled it is told first
+            error = error or unwritten
     if error is not None:
         raise error
     screen.show_result(run.console, run.folder, run.recipe, summary)
@@ -148,3 +149,10 @@ def _cause(failure: Exception, run: _Run) -> TrainkitError:
     from trainkit.cluster.causes import first_cause
 
     return first_cause(failure, run.folder, run.plan.world_size)
+
+
+def _unless_interrupted(error: TrainkitError, run: _Run) -> TrainkitError:
+    """Batch systems send a signal to the whole process group: what it ended elsewhere was interrupted as well, not failed."""
+    if run.signals.taken and error.facts.get("from_outside"):
+        return Interrupted(f"interrupted at once: {error.message}; its record is {run.folder.path}")
+    return error

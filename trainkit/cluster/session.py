@@ -130,7 +130,7 @@ def check_head(head: Sequence[psutil.Process]) -> None:
     """Raises TrainingError when one has ended: Ray itself would wait a minute for it and then end this process."""
     for process in head:
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-            raise TrainingError("a process of the local Ray was ended from outside, and the run with it")
+            raise TrainingError("a process of the local Ray was ended from outside, and the run with it", from_outside=True)
 
 
 def end_processes(processes: Sequence[psutil.Process], seconds: float = 5) -> None:
