@@ -55,9 +55,16 @@ def test_a_file_in_the_style_of_another_tool_is_read_unchanged(path: Path) -> No
     assert config.json == written and config.name == path.stem
     assert config.stage == written["zero_optimization"]["stage"]
     assert config.offload_param == (written["zero_optimization"].get("offload_param", {}).get("device") == "cpu")
-    assert set(config.unused) == set(written) & {"steps_per_print", "wall_clock_breakdown"}
+    assert set(config.unused) == set(written) & {"steps_per_print", "wall_clock_breakdown", "compile"}
     schedule = {"WarmupLR": "constant"}.get(written.get("scheduler", {}).get("type"), "linear")
-    assert contradictions(config, recipe(optimizer={"lr_scheduler_type": schedule})) == []
+    precision = "fp16" if written.get("fp16", {}).get("enabled") is True else "bf16"
+    assert contradictions(config, recipe(model={"precision": precision}, optimizer={"lr_scheduler_type": schedule})) == []
+
+
+def test_the_precision_of_a_template_is_the_recipes_to_say() -> None:
+    """accelerate's own file: accumulation 1, which the token budget decides, and fp16 enabled."""
+    (said,) = map(str, contradictions(read_zero(str(STYLES[0].with_name("accelerate_zero2_literal.json"))), recipe()))
+    assert ':3: fp16.enabled: true contradicts the recipe, whose model.precision is "bf16": write model.precision: fp16 there' in said
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -125,10 +132,49 @@ def test_a_duplicate_key_is_a_fault(tmp_path: Path) -> None:
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "keeps fp32 weights"),
         ({"gradient_allreduce_op": "sum"}, "not available"),
         ({"torch_autocast": {"enabled": True}}, "not available"),
+        ({"gradient_accumulation_steps": 0}, "expected a whole number of at least 1"),
+        ({"train_batch_size": -1}, "expected a whole number of at least 1"),
+        ({"train_micro_batch_size_per_gpu": 0}, "expected a whole number of at least 1"),
+        ({"train_batch_size": True}, "expected a whole number of at least 1"),
+        ({"gradient_clipping": -1}, "expected a number of at least 0"),
+        ({"gradient_predivide_factor": 0}, "expected a number above 0"),
+        ({"data_types": "fp32"}, "expected an object with grad_accum_dtype"),
+        ({"data_types": {"grad_accum_dtype": ["fp32"]}}, 'expected "fp32", "fp16" or "bf16"'),
+        ({"data_types": {"grad_accum_dtype": "fp99"}}, 'expected "fp32", "fp16" or "bf16"'),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean grad_accum_dtype?"),
+        ({"communication_data_type": "int7"}, 'expected "fp32", "fp16" or "bf16"'),
+        ({"compile": True}, "expected an object with deepcompile"),
+        ({"compile": {"deepcompil": True}}, "did you mean deepcompile?"),
+        ({"compile": {"deepcompile": True}}, "not available"),
+        ({"checkpoint": {"tag_validation": "Maybe"}}, 'expected "Ignore", "Warn" or "Fail"'),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -5000000}}, "expected a whole number of at least 1"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, "expected a whole number of at least 1"),
+        ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": -1}}, "expected a whole number of at least 0"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.5}}}, "expected a number from 0 to 1"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "with stage 3 only"),
     ],
 )
 def test_what_deepspeed_would_not_do_as_written_is_refused(zero: dict[str, Any], said: str) -> None:
     assert said in faults(zero)
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"data_types": {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": "auto"}, "zero_optimization": {"stage": 2}},
+        {"data_types": {"grad_accum_dtype": None, "param_dtype": "bf16"}},
+        {"communication_data_type": "bf16", "checkpoint": {"tag_validation": "WARN"}},
+        {"zero_optimization": {"stage": 3, "sub_group_size": 0, "stage3_max_live_parameters": 0, "reduce_bucket_size": 5e8}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+    ],
+)
+def test_what_deepspeed_knows_is_read(zero: dict[str, Any]) -> None:
+    assert against(zero) == []
+
+
+def test_a_compile_section_is_checked_and_not_applied() -> None:
+    """DeepSpeed refuses backend, which Axolotl's file has; the loop compiles nothing."""
+    assert read_zero({"compile": {"backend": "inductor", "disable": False}}).unused == ("compile",)
 
 
 def test_all_faults_come_at_once() -> None:
@@ -172,6 +218,8 @@ def test_telemetry_is_named_as_unused() -> None:
         ({"scheduler": {"type": "OneCycle"}}, "not available"),
         ({"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 100}}}, "write optimizer.warmup_steps: 100 "),
         ({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 1000}}}, "write train.max_steps: 1000 "),
+        ({"data_types": {"param_dtype": "fp32"}}, "write model.precision: fp32 "),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, "stage 0 adds gradients up in bf16"),
         ({"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 1e-6}}}, "start and end at 0"),
     ],
 )
@@ -193,6 +241,36 @@ def test_literals_equal_to_the_recipe_are_no_contradiction() -> None:
     }
     assert against(zero, batch={"samples_per_device": 8}) == []
     assert "write batch.samples: 96" in against(zero, batch={"samples_per_device": 8, "samples": 48})[0]
+
+
+@pytest.mark.parametrize(
+    "zero, changes",
+    [
+        ({"gradient_accumulation_steps": 1}, {}),
+        ({"gradient_accumulation_steps": 1}, {"batch": {"samples_per_device": 32}}),
+        ({"gradient_accumulation_steps": 5}, {"batch": {"samples": 100, "samples_per_device": 8}}),
+        ({"scheduler": {"params": {"total_num_steps": 1000}}}, {"train": {"max_steps": 1000}}),
+        ({"scheduler": {"params": {"warmup_num_steps": 100}}}, {"train": {"max_steps": 1000}, "optimizer": {"warmup_steps": 0.1}}),
+    ],
+)
+def test_literals_equal_to_the_plan_are_no_contradiction(zero: dict[str, Any], changes: dict[str, Any]) -> None:
+    assert against(zero, **changes) == []
+
+
+@pytest.mark.parametrize(
+    "zero, changes, write",
+    [
+        ({"gradient_accumulation_steps": 1}, {"batch": {"samples_per_device": 8}}, "write batch.samples: 24 "),
+        (
+            {"scheduler": {"params": {"warmup_num_steps": 99}}},
+            {"train": {"max_steps": 1000}, "optimizer": {"warmup_steps": 0.1}},
+            "write optimizer.warmup_steps: 99 ",
+        ),
+    ],
+)
+def test_literals_unlike_the_plan_are_a_contradiction(zero: dict[str, Any], changes: dict[str, Any], write: str) -> None:
+    (said,) = against(zero, **changes)
+    assert write in said
 
 
 def test_recipe_and_zero_faults_come_in_one_error(tmp_path: Path) -> None:
@@ -226,6 +304,7 @@ def test_a_mapping_in_the_recipe_has_the_recipes_lines(tmp_path: Path) -> None:
         ("zero/offload_config.py", "DeepSpeedZeroOffloadOptimizerConfig", keys.OFFLOAD_OPTIMIZER),
         ("precision_config.py", "DeepSpeedBF16Config", keys.BF16),
         ("precision_config.py", "DeepSpeedFP16Config", keys.FP16),
+        ("../compile/config.py", "CompileConfig", {key: kind for key, kind in keys.COMPILE.items() if key not in ("disable", "backend")}),
     ],
 )
 def test_the_known_keys_are_those_of_the_installed_deepspeed(file: str, kind: str, known: dict[str, object]) -> None:

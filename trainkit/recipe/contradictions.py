@@ -96,21 +96,19 @@ def _batch(literals: _Literals) -> None:
     if accumulation is None or not isinstance(samples, int) or not isinstance(workers, int) or rows is _UNKNOWN:
         return
     micro = literals.get("train_micro_batch_size_per_gpu") or rows
+    path = ("gradient_accumulation_steps",)
+    if micro is None and accumulation == 1:  # DeepSpeed's own default: how often gradients accumulate follows from the token budget
+        return
     if micro is None and samples % (accumulation * workers) == 0:
-        said = (
-            f"the recipe has no batch.samples_per_device: write batch.samples_per_device: {int(samples // (accumulation * workers))} there"
-        )
-        literals.add(("gradient_accumulation_steps",), f'{shown(accumulation)} is not what the recipe says, {said}, or "auto" here')
+        wanted = int(samples // (accumulation * workers))
+        said = f"the recipe has no batch.samples_per_device: write batch.samples_per_device: {wanted} there"
+        literals.add(path, f'{shown(accumulation)} is not what the recipe says, {said}, or "auto" here')
     elif micro is None:
-        literals.add(
-            ("gradient_accumulation_steps",),
-            f'{samples} samples do not divide into {shown(accumulation)} × {workers} workers: write "auto" here',
-        )
-    elif samples != accumulation * micro * workers:
+        literals.add(path, f'{samples} samples do not divide into {shown(accumulation)} × {workers} workers: write "auto" here')
+    elif accumulation != -(-samples // (micro * workers)):
         made = f"{shown(accumulation)} accumulation × {shown(micro)} rows × {workers} workers"
         write = f"write batch.samples: {int(accumulation * micro * workers)} there ({made})"
-        message = f'contradicts the recipe, whose batch.samples is {samples}: {write}, or "auto" here'
-        literals.add(("gradient_accumulation_steps",), message)
+        literals.add(path, f'contradicts the recipe, whose batch.samples is {samples}: {write}, or "auto" here')
 
 
 def _precision(literals: _Literals) -> None:
@@ -122,6 +120,12 @@ def _precision(literals: _Literals) -> None:
         elif enabled is False and precision == name:
             instead = other if literals.get(other, "enabled") is True else "fp32"
             literals.same((name, "enabled"), "model.precision", instead)
+    literals.same(("data_types", "param_dtype"), "model.precision")
+    summed = literals.get("data_types", "grad_accum_dtype")
+    if summed is not None and literals.zero.stage == 0 and isinstance(precision, str) and summed != precision:
+        literals.add(
+            ("data_types", "grad_accum_dtype"), f'stage 0 adds gradients up in {precision}: write zero_optimization.stage 1, or "auto" here'
+        )
 
 
 def _optimizer(literals: _Literals) -> None:
@@ -152,7 +156,10 @@ def _scheduler(literals: _Literals) -> None:
             ("scheduler", "type"), f'{shown(kind)} is not available: write {", ".join(_SCHEDULES)} (constant, linear, cosine) or "auto"'
         )
     literals.same(("scheduler", "params", "warmup_max_lr"), "optimizer.lr")
-    literals.same(("scheduler", "params", "warmup_num_steps"), "optimizer.warmup_steps")
+    warmup, most = literals.recipe("optimizer.warmup_steps"), literals.recipe("train.max_steps")
+    share = isinstance(warmup, float) and isinstance(most, int)
+    if not (share and literals.get("scheduler", "params", "warmup_num_steps") == round(warmup * most)):
+        literals.same(("scheduler", "params", "warmup_num_steps"), "optimizer.warmup_steps")
     literals.same(("scheduler", "params", "total_num_steps"), "train.max_steps")
     for name in ("warmup_min_lr", "warmup_min_ratio", "cos_min_ratio"):
         if literals.get("scheduler", "params", name):

@@ -135,6 +135,9 @@ def _faults(document: Document, prefix: tuple[str, ...], values: dict[str, Any])
     ):
         if isinstance(values.get(section), dict) and values[section].get(key) is True:
             yield document.fault((*prefix, section, key), "not available: the optimizer keeps fp32 weights and states; delete the key")
+    compiled = values.get("compile")
+    if isinstance(compiled, dict) and compiled.get("deepcompile") is True:
+        yield document.fault((*prefix, "compile", "deepcompile"), "not available: the loop runs the model uncompiled; delete the key")
     zero = values.get("zero_optimization")
     if isinstance(zero, dict):
         yield from _zero_section(document, (*prefix, "zero_optimization"), zero)
@@ -147,7 +150,7 @@ def _section(
         path = (*prefix, key)
         if key in answers:
             yield document.fault(path, answers[key])
-        elif key in unused:
+        elif key in unused and key not in known:
             continue
         elif key not in known:
             near = nearest(key, [*known, *unused])
@@ -172,11 +175,13 @@ def _fits(value: Any, kind: str) -> bool:
     """DeepSpeed takes 5e8 for a whole number, and null where a key is left to it."""
     if value is None or value == "auto" or kind == keys.ANY:
         return True
-    if isinstance(value, bool) or kind == keys.BOOL:
-        return isinstance(value, bool) and kind == keys.BOOL
-    if kind in (keys.INT, keys.FLOAT):
-        return isinstance(value, int | float) and math.isfinite(value) and (kind == keys.FLOAT or value == int(value))
-    return isinstance(value, str if kind == keys.TEXT else list)
+    if kind in keys.NUMBERS:
+        whole, least, most = keys.NUMBERS[kind]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return is_number and least <= value <= most and not (whole and value != int(value))
+    if kind in keys.WORDS:
+        return isinstance(value, str) and {value, value.capitalize()} & set(keys.WORDS[kind]) != set()
+    return isinstance(value, {keys.BOOL: bool, keys.TEXT: str, keys.LIST: list}[kind])
 
 
 def _zero_section(document: Document, path: tuple[str, ...], zero: dict[str, Any]) -> Iterator[Fault]:
@@ -196,6 +201,11 @@ def _zero_section(document: Document, path: tuple[str, ...], zero: dict[str, Any
         elif device == "cpu" and stage is not None and stage not in stages:
             allowed = "stage 3" if stages == (3,) else "stages 1, 2 and 3"
             yield document.fault((*path, part), f"only with {allowed}; this is stage {stage}")
+        ratio = section.get("ratio")
+        if isinstance(ratio, int | float) and ratio < 1 and stage in (1, 2):
+            yield document.fault(
+                (*path, part, "ratio"), f"a part of the optimizer can stay on the device with stage 3 only; this is stage {stage}"
+            )
     if zero.get("zenflow") is not None:
         yield document.fault((*path, "zenflow"), "not available: it delays updates, which the plan does not know")
     offload = zero.get("offload_optimizer")
