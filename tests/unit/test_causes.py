@@ -130,3 +130,10 @@ def test_out_of_memory_is_a_failure_of_its_own_though_ray_has_an_error_of_that_n
 
 def test_a_controller_that_failed_is_ended_from_outside(folder: RunFolder) -> None:
     assert first_cause(ControllerError(RuntimeError("lost")), folder, 2).facts["from_outside"]
+
+
+def test_workers_that_found_no_place_in_time_are_a_matter_of_capacity(folder: RunFolder) -> None:
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    cause = first_cause(ControllerError(WorkerGroupStartupTimeoutError(2)), folder, 2)
+    assert type(cause) is CapacityError and "2 workers found no place in time" in cause.message

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import ControllerError, WorkerGroupError
 
 from trainkit import errors
-from trainkit.errors import TrainingError, TrainkitError
+from trainkit.errors import CapacityError, TrainingError, TrainkitError
 from trainkit.runs.folder import RunFolder, WorkerError
 
 # What gloo, NCCL and torch's watchdog say on a rank whose peer is gone, in lower case.
@@ -24,6 +24,7 @@ _PEER_LOST = (
     *("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket closed"),
     *("closed by remote peer", "ncclremoteerror", "nccl remote", "remote process exited", "communicator was aborted", "watchdog"),
 )
+_NO_PLACE = "WorkerGroupStartupTimeoutError"  # Ray keeps the class to itself
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -44,7 +45,7 @@ def first_cause(failure: BaseException, folder: RunFolder, world_size: int) -> T
         return _killed(silent, left, dead)
     if left:
         return _told(left[0], folder)
-    return _unknown(failure, folder)
+    return _unknown(failure, folder, world_size)
 
 
 def _worker_failures(failure: BaseException) -> dict[int, BaseException]:
@@ -106,12 +107,17 @@ def _ray_reason(error: BaseException) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
-def _unknown(failure: BaseException, folder: RunFolder) -> TrainkitError:
+def _unknown(failure: BaseException, folder: RunFolder, world_size: int) -> TrainkitError:
     """Ray's own failures, errors of a worker before it had a run folder to write to, and what the driver itself raised."""
     for error in [*_worker_failures(failure).values(), failure]:
         for link in _chain(error):
             if isinstance(link, TrainkitError):
                 return link
+    if isinstance(failure, ControllerError) and type(failure.controller_failure).__name__ == _NO_PLACE:
+        return CapacityError(
+            f"scaling: {world_size} workers found no place in time: the nodes are large enough for them, and other jobs hold what they "
+            "need (`ray status` shows it). Try again later, ask for less, or set RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S to wait longer"
+        )
     of_ray = isinstance(failure, WorkerGroupError | ControllerError | RayError)
     words = _full_disk(failure, folder) or ": ".join(filter(None, [type(failure).__name__, str(failure).strip()]))
     error = TrainingError(words, from_outside=of_ray)

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from trainkit.cluster import hardware, screen
-from trainkit.cluster.capacity import check_capacity
+from trainkit.cluster.capacity import check_machine
 from trainkit.cluster.decision import Decision, decide
 from trainkit.cluster.launch import Launch, launch
 from trainkit.cluster.progress import counter, display
@@ -68,7 +68,7 @@ def _decide(recipe: Recipe, path: Path, address: str | None, console: Console) -
     if decision.unknown:
         raise DataError("\n".join(decision.unknown))
     if address is None:
-        check_capacity([hardware.local_resources()], recipe.scaling, decision.plan.world_size)
+        check_machine(hardware.local_resources(), recipe.scaling, decision.plan.world_size)
     return decision
 
 

@@ -1,7 +1,8 @@
 """Plan to TorchTrainer: check that the workers fit the cluster, run them, bring back rank 0's outcome.
 
 `fit` runs in a thread of its own, because in the main thread it installs a SIGINT handler that aborts; the main thread watches the run
-folder and takes the signals. Ray retries nothing (max_failures=0): there is one owner of retries, and it is not Ray.
+folder and takes the signals. Ray retries nothing, neither workers nor its own start of them: there is one owner of retries, and it is not
+Ray.
 """
 
 from __future__ import annotations
@@ -95,31 +96,41 @@ def _build_operators(asked: Launch, display: Display) -> None:
 
 
 def _trainer(asked: Launch) -> Any:
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from trainkit.cluster.worker import run_worker
 
-    scaling = asked.recipe.scaling
     return TorchTrainer(
         _on_worker(run_worker),
         train_loop_config={"job": _job(asked)},
-        scaling_config=ScalingConfig(
+        scaling_config=_scaling_config(asked),
+        run_config=RunConfig(
+            name="attempt-1",
+            storage_path=str(asked.folder.ray),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            logging_config=LoggingConfig(log_level="INFO" if asked.verbose else "ERROR"),
+        ),
+        torch_config=TorchConfig(backend="nccl" if asked.plan.use_gpu else "gloo", timeout_s=_COLLECTIVE_SECONDS),
+    )
+
+
+def _scaling_config(asked: Launch) -> Any:
+    """Raises UsageError for what only Ray knows to be wrong."""
+    from ray.train import ScalingConfig
+
+    scaling = asked.recipe.scaling
+    try:
+        return ScalingConfig(
             num_workers=asked.plan.world_size,
             use_gpu=scaling.use_gpu,
             resources_per_worker=worker_resources(scaling),
             placement_strategy=scaling.placement_strategy,
             accelerator_type=scaling.accelerator_type,
             label_selector=scaling.label_selector,
-        ),
-        run_config=RunConfig(
-            name="attempt-1",
-            storage_path=str(asked.folder.ray),
-            failure_config=FailureConfig(max_failures=0),
-            logging_config=LoggingConfig(log_level="INFO" if asked.verbose else "ERROR"),
-        ),
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo", timeout_s=_COLLECTIVE_SECONDS),
-    )
+        )
+    except ValueError as error:
+        raise UsageError(f"scaling: Ray refuses it: {error}") from error
 
 
 def _on_worker(run_worker: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from trainkit.cluster.capacity import worker_resources
+from trainkit.cluster.capacity import Node, worker_resources
 from trainkit.cluster.hardware import cpu_count
 from trainkit.cluster.signals import Signals
 from trainkit.errors import TrainingError, UsageError
@@ -52,6 +52,7 @@ def environment_settings(recipe: Recipe, local: bool) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",  # the same for Ray
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a dead rank is seen after 0.2 s instead of 2
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # a hung node after 2 minutes instead of 10
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # the nodes are large enough: others' jobs get this long to free what they hold
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; a worker that is taken away fails as any other
         "RAY_TRAIN_METRICS_ENABLED": "0",  # Ray's own dashboards are not started
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # no warning about GPUs that an actor without GPUs could see
@@ -80,8 +81,8 @@ def environment(settings: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, settings: dict[str, str], verbose: bool, signals: Signals) -> Iterator[list[dict[str, float]]]:
-    """Ray, joined or started; gives the resources of each node. At the end no process of ours stays behind."""
+def ray_session(address: str | None, settings: dict[str, str], verbose: bool, signals: Signals) -> Iterator[list[Node]]:
+    """Ray, joined or started; gives its living nodes. At the end no process of ours stays behind."""
     import ray
 
     already = set(psutil.Process().children(recursive=True))
@@ -98,7 +99,11 @@ def ray_session(address: str | None, settings: dict[str, str], verbose: bool, si
         else:
             _join(address, settings, verbose)
         signals.install()
-        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield [
+            Node(node["Resources"], node["Labels"], name=f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", id=node["NodeID"])
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
     finally:
         with signals.ignored():
             ours = [process for process in psutil.Process().children(recursive=True) if process not in already]
