@@ -76,7 +76,7 @@ def test_each_shipped_recipe_reads_and_survives_writing(path: Path, tmp_path: Pa
 def test_writing_and_reading_keeps_every_text_and_number(tmp_path_factory: pytest.TempPathFactory, text: str, lr: float, word: str) -> None:
     folder = tmp_path_factory.mktemp("round")
     base = read_recipe(write(folder))
-    data = base.data.model_copy(update={"source": text, "target": word})
+    data = base.data.model_copy(update={"name": text, "revision": word})
     recipe = base.model_copy(update={"data": data, "optimizer": base.optimizer.model_copy(update={"lr": lr})})
     again = folder / "again.yaml"
     again.write_bytes(recipe_to_yaml(recipe).encode("utf-8", "surrogatepass"))
@@ -106,7 +106,7 @@ def test_every_fault_comes_at_once_in_the_order_of_lines(folder: Path) -> None:
         "wish.yaml:4: model.precison: unknown key (did you mean model.precision?)",
         'wish.yaml:7: data.packing: expected true or false, given "no": write true or false',
         "wish.yaml:8: data.packing: stands twice (first on line 7): keep one",
-        'wish.yaml:9: batch.samples: expected a whole number above 0, given "many"',
+        'wish.yaml:9: batch.samples: expected a whole number above 0 and of at most 2147483648, given "many"',
         'wish.yaml:10: optimizer.lr: expected a number above 0, given the text "1e-4": write it without quotes',
         "wish.yaml:10: optimizer.betas: expected a list of exactly 2 (a number of at least 0 and below 1 each), given [0.9]",
         "wish.yaml:11: train.eval_steps: expected epoch or a whole number above 0 or a number above 0 and below 1, given 1.5",
@@ -178,6 +178,19 @@ def test_a_learning_rate_is_a_finite_positive_number(folder: Path, number: str) 
         (["zero=3"], "write zero: zero3"),
         (["zero=zero3_offlod"], "did you mean zero3_offload?"),
         (["data.path=[]"], "data.path"),
+        (["data.source=question"], 'data.source: "question" names no column and would be the same in every row: did you mean {question}?'),
+        (["data.source='to SQL:'"], "write a column in braces, for example {question}"),
+        (["data.target='{{sql}}'"], "names no column"),
+        (["data.source='{zz'"], "data.source: '{zz': '{' is no column in braces"),
+        (["model.task=classification", "data.target='{a} {b}'"], "data.target: '{a} {b}': name one column"),
+        (["data.name=a", "data.path=."], "belongs to a set of the hub, and data.path is on this machine: leave it out"),
+        (["data.revision=main", "data.path=[a.jsonl]"], "belongs to a set of the hub"),
+        (["train.seed=9223372036854775808"], "expected a whole number of at least 0 and below 9223372036854775808"),
+        (["batch.samples=2147483649"], "expected a whole number above 0 and of at most 2147483648"),
+        (["optimizer.warmup_steps=11", "train.max_steps=10"], "11 steps of warm-up do not end within train.max_steps: 10"),
+        (["scaling.use_gpu=false", "scaling.resources_per_worker={GPU: 1}"], "GPU: 1 beside scaling.use_gpu: false"),
+        (["scaling.resources_per_worker={GPU: 0}"], "GPU: 0 beside scaling.use_gpu: true"),
+        (["scaling.resources_per_worker={cpu: 1}"], "Ray knows no cpu (did you mean CPU?)"),
     ],
 )
 def test_keys_that_do_not_fit_each_other(folder: Path, change: list[str], said: str) -> None:
@@ -193,7 +206,12 @@ def test_keys_that_do_not_fit_each_other(folder: Path, change: list[str], said: 
         ["data.source=null", "data.target=null"],
         ["model.task=causal", "data.source=null"],
         ["model.task=causal", "data.source=null", "data.target=null", "data.messages=chat"],
-        ["model.task=causal", "data.source=null", "data.target=null", "data.messages=[{role: user, content: '{q}'}]"],
+        [
+            "model.task=causal",
+            "data.source=null",
+            "data.target=null",
+            "data.messages=[{role: system, content: brief}, {role: assistant, content: '{a}'}]",
+        ],
         ["model.task=classification", "data.source=['{a}', '{b}']", "data.max_length=9"],
         [
             "train.metrics=[rouge, exact_match]",
@@ -204,12 +222,47 @@ def test_keys_that_do_not_fit_each_other(folder: Path, change: list[str], said: 
         ["train.metric_for_best_model=loss", "data.eval=0.1", "train.early_stopping_patience=2"],
         ["optimizer.warmup_steps=0.1", "train.eval_steps=0.25", "train.save_steps=100"],
         ["scaling.resources_per_worker={CPU: 0.5}"],
+        ["scaling.use_gpu=false", "scaling.resources_per_worker={GPU: 0, my_label: 1}"],
+        ["optimizer.warmup_steps=10", "train.max_steps=10"],
+        ["data.name=a", "data.revision=main"],
+        ["train.seed=9223372036854775807", "batch.samples=2147483648"],
         ["model.lora.r=4"],
         ["run=null", "scaling="],
     ],
 )
 def test_keys_that_fit(folder: Path, change: list[str]) -> None:
     read_recipe(write(folder), change)
+
+
+MESSAGES = """\
+  messages:
+    - {role: user, content: "{q}"}
+"""
+CHAT = SEQ2SEQ.replace("seq2seq", "causal").replace('  source: "{question}"\n  target: "{sql}"\n', MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "turn, said",
+    [
+        ("{role: asistant, content: '{a}'}", '8: data.messages.1.role: expected system, user or assistant, given "asistant" (did you mean'),
+        ("{role: assistant, contnt: '{a}'}", "8: data.messages.1.contnt: unknown key (did you mean data.messages.1.content?)"),
+        ("{role: assistant}", "8: data.messages.1.content: is missing: what is said, with columns in braces"),
+        ("{role: assistant, content: 3}", "8: data.messages.1.content: expected text, given 3"),
+        ("{role: assistant, content: '{a'}", "8: data.messages.1.content: '{a': '{' is no column in braces"),
+        ("{role: assistant, content: answer}", '8: data.messages.1.content: "answer" names no column'),
+        ("{role: system, content: brief}", "6: data.messages: has no turn of the assistant, whose words are learned"),
+        ("answer", '8: data.messages.1: expected a mapping of role, content, given "answer"'),
+    ],
+)
+def test_a_fault_in_a_turn_names_its_line(folder: Path, turn: str, said: str) -> None:
+    found = faults(write(folder, CHAT.replace("batch:", f"    - {turn}\nbatch:", 1)))
+    assert any(fault.startswith(f"wish.yaml:{said}") for fault in found) and len(found) == 1 + ("contnt" in turn)
+
+
+def test_faults_of_all_turns_come_at_once(folder: Path) -> None:
+    found = faults(write(folder, CHAT.replace("user", "usr") + "name: ../x\n"))
+    assert [line.split(": ")[1] for line in found] == ["data.messages.0.role", "name"]
+    assert "data.messages: is an empty list" in faults(write(folder, CHAT.replace(MESSAGES, "  messages: []\n")))[0]
 
 
 def test_the_batch_of_another_tool_is_one_number(folder: Path) -> None:

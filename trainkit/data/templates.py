@@ -6,15 +6,15 @@ A doubled brace is a brace. A row's missing or null column is an error that name
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from trainkit.errors import DataError
+from trainkit.recipe.schema import Recipe
+from trainkit.recipe.wording import path_of, pieces_of
 
-_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-_FIELD = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])*)")
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -68,26 +68,36 @@ class Template:
 
 def parse(text: str, key: str) -> Template:
     """Raises DataError naming the recipe's key for a brace that is not closed or holds no column."""
-    pieces: list[str | Field] = []
-    end = 0
-    for match in _PIECE.finditer(text):
-        pieces.append(text[end : match.start()])
-        end = match.end()
-        if match[0] in ("{{", "}}"):
-            pieces.append(match[0][0])
-        elif match[1] is not None and (field := _FIELD.fullmatch(match[1].strip())):
-            pieces.append(Field(field[1].strip(), tuple(re.findall(r"\[([^\[\]]+)\]", field[2]))))
-        else:
-            raise DataError(f"{key}: {text!r}: {match[0]!r} is no column in braces; write a brace itself as '{{{{' or '}}}}'")
-    return Template(tuple(piece for piece in [*pieces, text[end:]] if piece != ""))
+    return Template(tuple(piece if isinstance(piece, str) else Field(piece[0], piece[1:]) for piece in _read(pieces_of, text, key)))
 
 
 def parse_field(text: str, key: str) -> Field:
     """The one column of `label`, `{label}` or `{answers[text]}`; raises DataError for anything else."""
-    pieces = parse(text if "{" in text else f"{{{text}}}", key).pieces
-    if len(pieces) != 1 or not isinstance(pieces[0], Field):
-        raise DataError(f"{key}: {text!r}: name one column, for example label or {{label}}")
-    return pieces[0]
+    column, *path = _read(path_of, text, key)
+    return Field(column, tuple(path))
+
+
+def _read(grammar: Callable[[str], Read], text: str, key: str) -> Read:
+    try:
+        return grammar(text)
+    except ValueError as error:
+        raise DataError(f"{key}: {error}") from None
+
+
+def columns_of(recipe: Recipe) -> list[str]:
+    """The columns that the recipe's form reads; raises DataError for a template that cannot be read."""
+    data = recipe.data
+    if isinstance(data.messages, str):
+        return [parse_field(data.messages, "data.messages").column]
+    if data.messages is not None:
+        return list(dict.fromkeys(column for turn in data.messages for column in parse(turn.content, "data.messages").columns))
+    if data.source is None and data.target is None:
+        return ["input_ids", "labels"]
+    sources = data.source if isinstance(data.source, list) else [data.source or ""]
+    columns = [column for source in sources for column in parse(source, "data.source").columns]
+    if recipe.model.task == "classification":
+        return list(dict.fromkeys([*columns, parse_field(data.target or "", "data.target").column]))
+    return list(dict.fromkeys([*columns, *parse(data.target or "", "data.target").columns]))
 
 
 def check_columns(wanted: Sequence[str], present: Sequence[str], key: str) -> None:

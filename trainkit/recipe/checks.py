@@ -30,9 +30,9 @@ class View:
         self.broken: set[KeyPath] = set()
 
     def value(self, key: str) -> Any:
-        """The value or its default; MISSING where it is absent without a default or wrong."""
+        """The value or its default; MISSING where it is absent without a default, or wrong, or something in it is."""
         path = tuple(key.split("."))
-        if any(path[:length] in self.broken for length in range(1, len(path) + 1)):
+        if any(path[: len(broken)] == broken or broken[: len(path)] == path for broken in self.broken):
             return MISSING
         section, name = (self.document.values if len(path) == 1 else self.document.get(path[:-1])), path[-1]
         if isinstance(section, dict) and name in section:
@@ -55,10 +55,10 @@ def check_recipe(document: Document) -> tuple[Recipe | None, View]:
     try:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as error:
-        for path, kind in dict.fromkeys(
-            (_key_of(found["loc"]), found["type"] in ("missing", "extra_forbidden")) for found in error.errors()
-        ):
-            if path not in view.broken:
+        found_at = dict.fromkeys((_key_of(found["loc"]), found["type"] in ("missing", "extra_forbidden")) for found in error.errors())
+        outer = {path[:length] for path, _ in found_at for length in range(len(path))}  # of a union, the forms that were not meant
+        for path, kind in found_at:
+            if path not in view.broken | outer:
                 view.broken.add(path)
                 view.faults += _fault_of(document, path, absent=kind and document.get(path) is None and path not in document.places)
     for path in _not_finite(document.values, ()):
@@ -77,9 +77,19 @@ def fields_of(annotation: Any) -> dict[str, FieldInfo]:
     return {}
 
 
+def item_fields_of(annotation: Any) -> dict[str, FieldInfo]:
+    """The keys of the sections in a list; empty for anything else."""
+    lists = (part for part in (annotation, *get_args(annotation)) if get_origin(part) is list)
+    return next((fields for part in lists if (fields := fields_of(get_args(part)[0]))), {})
+
+
 def field_of(path: KeyPath) -> FieldInfo | None:
+    """The field of a key; an item of a list of sections, which stands by its number, has the list's."""
     fields, field = Recipe.model_fields, None
     for key in path:
+        if field is not None and key.isdecimal() and item_fields_of(field.annotation):
+            fields = item_fields_of(field.annotation)
+            continue
         field = fields.get(key)
         if field is None:
             return None
@@ -90,15 +100,18 @@ def field_of(path: KeyPath) -> FieldInfo | None:
 def _key_of(location: tuple[int | str, ...]) -> KeyPath:
     """The recipe key of a pydantic location, which also names the members of unions and the items of lists."""
     path: KeyPath = ()
-    fields: dict[str, FieldInfo] | None = Recipe.model_fields
+    fields: dict[str, FieldInfo] = Recipe.model_fields
+    items: dict[str, FieldInfo] = {}
     for part in location:
-        if not fields:
-            break
-        if part in fields:
+        if isinstance(part, int) and items:
+            path, fields, items = (*path, str(part)), items, {}
+        elif part in fields:
             annotation = fields[str(part)].annotation
-            path, fields = (*path, str(part)), (fields_of(annotation) if path != ("data",) else None)
-        else:
+            path, fields, items = (*path, str(part)), fields_of(annotation), item_fields_of(annotation)
+        elif fields:
             return (*path, str(part))
+        elif not items:
+            break
     return path
 
 
@@ -115,13 +128,17 @@ def _fault_of(document: Document, path: KeyPath, absent: bool) -> Iterator[Fault
         yield document.fault(
             path, f"expected a name, a file or a mapping, given {document.get(path)}: write zero: zero{document.get(path):d}"
         )
+    elif path[-1].isdecimal():
+        yield document.fault(
+            path, f"expected a mapping of {', '.join(item_fields_of(field.annotation))}, given {shown(document.get(path))}"
+        )
     else:
         yield document.fault(path, f"expected {expected(field.annotation, field.metadata)}, given {_given(document.get(path), field)}")
 
 
 def _unknown(path: KeyPath, value: Any) -> str:
     parent = field_of(path[:-1]) if len(path) > 1 else None
-    siblings = Recipe.model_fields if parent is None else fields_of(parent.annotation)
+    siblings = Recipe.model_fields if parent is None else fields_of(parent.annotation) or item_fields_of(parent.annotation)
     prefix = "".join(f"{part}." for part in path[:-1])
     near = nearest(path[-1], siblings)
     if near:
@@ -170,6 +187,7 @@ def _bounds(metadata: Any) -> str:
         words += [f"above {bound.gt}"] if hasattr(bound, "gt") else []
         words += [f"of at least {bound.ge}"] if hasattr(bound, "ge") else []
         words += [f"below {bound.lt}"] if hasattr(bound, "lt") else []
+        words += [f"of at most {bound.le}"] if hasattr(bound, "le") else []
     return " " + " and ".join(words) if words else ""
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.recipe.document import did_you_mean, shown
 from trainkit.recipe.habits import answered_keys
+from trainkit.recipe.wording import path_of, pieces_of
 
 if TYPE_CHECKING:
     from trainkit.recipe.checks import View
@@ -19,7 +21,22 @@ MISSING: Any = object()
 
 def combination_faults(view: View) -> None:
     """Add to the view a fault for each combination that cannot be trained."""
-    for check in (_name, _paths, _length, _batch, _limits, _columns, _packing, _not_yet, _metrics, _best):
+    for check in (
+        _name,
+        _paths,
+        _length,
+        _warmup,
+        _batch,
+        _limits,
+        _columns,
+        _templates,
+        _turns,
+        _packing,
+        _resources,
+        _not_yet,
+        _metrics,
+        _best,
+    ):
         check(view)
 
 
@@ -34,6 +51,18 @@ def _paths(view: View) -> None:
         path = view.value(key)
         if path is not MISSING and (not path or not all(part.strip() for part in ([path] if isinstance(path, str) else path))):
             view.fault(key, "is empty: write a hub id or a path")
+    for key in ("data.name", "data.revision"):
+        if view.given(key) and view.value(key) is not MISSING and _is_here(path):
+            view.fault(key, "belongs to a set of the hub, and data.path is on this machine: leave it out" + _inside(path, view.value(key)))
+
+
+def _is_here(path: Any) -> bool:
+    """The reader has made paths that exist absolute."""
+    return isinstance(path, list) or (isinstance(path, str) and Path(path).is_absolute())
+
+
+def _inside(folder: Any, name: str) -> str:
+    return f", and write data.path: {folder}/{name}" if isinstance(folder, str) and (Path(folder) / name).is_dir() else ""
 
 
 def _length(view: View) -> None:
@@ -43,6 +72,15 @@ def _length(view: View) -> None:
         and not answered_keys(view.document) & {"train.epochs", "train.max_steps"}
     ):
         view.fault("train", "how long? write train.epochs: 3 (passes over the rows) or train.max_steps: 1000 (optimizer steps)")
+
+
+def _warmup(view: View) -> None:
+    warmup, most = view.value("optimizer.warmup_steps"), view.value("train.max_steps")
+    if isinstance(warmup, int) and isinstance(most, int) and warmup > most:
+        view.fault(
+            "optimizer.warmup_steps",
+            f"{warmup} steps of warm-up do not end within train.max_steps: {most}; write fewer, or a share below 1",
+        )
 
 
 def _batch(view: View) -> None:
@@ -87,6 +125,55 @@ def _pair(view: View, task: str, source: bool, target: bool) -> None:
         view.fault("data.source", "causal needs target beside source (loss on it alone); for plain text write data.target alone")
 
 
+def _templates(view: View) -> None:
+    """Each template can be read, and source and target name a column: without one every row would have the same words."""
+    source, target = view.value("data.source"), view.value("data.target")
+    named = [("data.source", text) for text in (source if isinstance(source, list) else [source])]
+    if view.value("model.task") == "classification":
+        _label(view, "data.target", target)
+    else:
+        named.append(("data.target", target))
+    for key, text in named:
+        if isinstance(text, str) and _columns_in(view, key, text) == 0:
+            view.fault(key, _no_column(text))
+
+
+def _label(view: View, key: str, text: Any) -> None:
+    if isinstance(text, str):
+        try:
+            path_of(text)
+        except ValueError as error:
+            view.fault(key, str(error))
+
+
+def _columns_in(view: View, key: str, text: str) -> int | None:
+    """How many columns a template names; None, and a fault, where it cannot be read."""
+    try:
+        return sum(not isinstance(piece, str) for piece in pieces_of(text))
+    except ValueError as error:
+        view.fault(key, str(error))
+        return None
+
+
+def _no_column(text: str) -> str:
+    hint = f"did you mean {{{text}}}?" if text.isidentifier() else "write a column in braces, for example {question}"
+    return f"{shown(text)} names no column and would be the same in every row: {hint}"
+
+
+def _turns(view: View) -> None:
+    messages = view.value("data.messages")
+    _label(view, "data.messages", messages)
+    if not isinstance(messages, list):
+        return
+    counts = [_columns_in(view, f"data.messages.{number}.content", turn["content"]) for number, turn in enumerate(messages)]
+    spoken = [number for number, turn in enumerate(messages) if turn["role"] == "assistant"]
+    if not spoken:
+        what = "has no turn of the assistant, whose words are learned" if messages else "is an empty list"
+        view.fault("data.messages", f'{what}: write for example {{role: assistant, content: "{{answer}}"}}')
+    elif all(counts[number] == 0 for number in spoken):
+        view.fault(f"data.messages.{spoken[0]}.content", _no_column(messages[spoken[0]]["content"]))
+
+
 def _packing(view: View) -> None:
     if view.value("data.packing") is not True:
         return
@@ -95,6 +182,20 @@ def _packing(view: View) -> None:
         view.fault("data.packing", f"only for causal; model.task is {task}: write false")
     if isinstance(attention, str) and attention not in ("sdpa", "eager"):
         view.fault("model.attn_implementation", f"{attention} does not keep packed rows apart in every batch: write sdpa or eager")
+
+
+def _resources(view: View) -> None:
+    key, use_gpu, resources = "scaling.resources_per_worker", view.value("scaling.use_gpu"), view.value("scaling.resources_per_worker")
+    if not isinstance(resources, dict):
+        return
+    for name in resources:
+        if name not in ("CPU", "GPU") and name.upper() in ("CPU", "GPU"):
+            view.fault(key, f"Ray knows no {name} (did you mean {name.upper()}?)")
+    gpus = resources.get("GPU")
+    if use_gpu is False and gpus:
+        view.fault(key, f"GPU: {shown(gpus)} beside scaling.use_gpu: false: delete it, or write use_gpu: true")
+    if use_gpu is True and gpus == 0:
+        view.fault(key, "GPU: 0 beside scaling.use_gpu: true: delete it, or write use_gpu: false")
 
 
 def _not_yet(view: View) -> None:

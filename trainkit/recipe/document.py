@@ -50,12 +50,15 @@ class Document:
         return Fault(place.file, place.line, ".".join(path), message)
 
     def get(self, path: KeyPath) -> Any:
-        """The value at a key path, or None where the path leads nowhere."""
+        """The value at a key path, in which items of lists stand by their number; None where the path leads nowhere."""
         value: Any = self.values
         for key in path:
-            if not isinstance(value, dict) or key not in value:
+            if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+                value = value[int(key)]
+            elif isinstance(value, dict) and key in value:
+                value = value[key]
+            else:
                 return None
-            value = value[key]
         return value
 
     def find(self, name: str) -> list[KeyPath]:

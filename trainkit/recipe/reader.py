@@ -139,6 +139,8 @@ def _value_of(node: yaml.Node, path: tuple[str, ...], document: Document) -> Any
     if isinstance(node, yaml.MappingNode):
         return _mapping_of(node, path, document)
     if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            document.places.setdefault((*path, str(index)), Place(document.file, item.start_mark.line + 1))
         return [_value_of(item, (*path, str(index)), document) for index, item in enumerate(node.value)]
     try:
         return _scalar_of(node)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
+RowCount = Annotated[int, Field(gt=0, le=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -46,8 +47,8 @@ class Model(Section):
 
 
 class Messages(Section):
-    role: Literal["system", "user", "assistant"]
-    content: str
+    role: Literal["system", "user", "assistant"] = Field(description="Who speaks; what the assistant says is learned.")
+    content: str = Field(description="What is said, with columns in braces.")
 
 
 class Data(Section):
@@ -74,11 +75,11 @@ class Data(Section):
 
 
 class Batch(Section):
-    samples: PositiveInt = Field(description="Rows in one optimizer step over all workers: part of the training, never of the layout.")
+    samples: RowCount = Field(description="Rows in one optimizer step over all workers: part of the training, never of the layout.")
     tokens_per_device: Literal["auto"] | PositiveInt = Field(
         "auto", description="Budget of one micro-batch on one device, padding included."
     )
-    samples_per_device: PositiveInt | None = Field(None, description="Rows of one micro-batch on one device, instead of tokens_per_device.")
+    samples_per_device: RowCount | None = Field(None, description="Rows of one micro-batch on one device, instead of tokens_per_device.")
 
 
 class Optimizer(Section):
@@ -101,7 +102,7 @@ class Optimizer(Section):
 class Train(Section):
     epochs: PositiveInt | None = Field(None, description="Passes over the training rows.")
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps: a cap that wins over epochs and sets the schedule's horizon.")
-    seed: NonNegativeInt = Field(42, description="Seeds weights, sample order, held-out rows and dropout.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Seeds weights, sample order, held-out rows and dropout.")
     eval_steps: Every = Field("epoch", description="Evaluate every epoch, every n optimizer steps, or every share of the run below 1.")
     save_steps: Every = Field("epoch", description="Save a checkpoint every epoch, every n optimizer steps, or every share of the run.")
     save_total_limit: PositiveInt = Field(2, description="How many newest checkpoints stay.")
