@@ -26,6 +26,7 @@ from trainkit.data.distributor import DataDistributor, Feeding
 from trainkit.data.encoding import limits
 from trainkit.data.feed import Feed, MicroBatch, Padding, Source, StepBatch
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer, prepare
+from trainkit.errors import NonFiniteError
 from trainkit.inference.evaluate import evaluate_loss
 from trainkit.inference.export import export_model
 from trainkit.planning.facts import DataFacts, Hardware
@@ -66,9 +67,14 @@ def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any]
     engine = Engine(model, plan, recipe.model.task, CPU)
     if case["fault"] == "mean of means":
         _plant_mean_of_means(engine, plan.micro_batches_per_step)
+    if case["fault"] == "NaN on rank 1" and rank == 1:
+        _plant_nan(engine, step=3)
     records: list[StepRecord] = []
     feed = feed_of(recipe, plan, prepared, rank)
-    loop.train(engine, feed, plan, recipe, loop.Surroundings(records.append, lambda step: {}, lambda step: None, lambda: False))
+    try:
+        loop.train(engine, feed, plan, recipe, loop.Surroundings(records.append, lambda step: {}, lambda step: None, lambda: False))
+    except NonFiniteError as error:
+        return [[error.facts["step"], error.facts["rank"], record.loss] for record in records]
     if case["export"] is not None:  # straight after a step: under ZeRO-3 parameters may still be on their way
         batch = feed.micro_batches(1).micro_batches[0]
         export_model(engine, load_tokenizer(recipe).tokenizer, Path(case["export"]), recipe, batch)
@@ -90,6 +96,11 @@ def _plant_mean_of_means(engine: Engine, num_micro_batches: int) -> None:
 
     engine.sum_loss = sum_loss  # type: ignore[method-assign]
     engine.backward = lambda loss, tokens, last: exact_backward(loss, counts[-1] * num_micro_batches, last)  # type: ignore[method-assign]
+
+
+def _plant_nan(engine: Engine, step: int) -> None:
+    exact_loss, calls = engine.sum_loss, iter(range(1, 100))
+    engine.sum_loss = lambda batch: exact_loss(batch) * (float("nan") if next(calls) == step else 1.0)  # type: ignore[method-assign]
 
 
 def train_with_torch(recipe: Recipe, prepared: Prepared, first_weights: str) -> list[list[float]]:

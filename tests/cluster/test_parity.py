@@ -151,6 +151,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     stored = ["model.weights=pretrained", f"model.path={folder / 'stored'}"]
     two += [case(f"{stage} stored", f"zero={stage}", rows(6), *stored, first_weights=None) for stage in ("zero2", "zero3", "zero3_offload")]
     two += [case(f"{stage} label", f"zero={stage}", rows(6), *label, export=True, first_weights=str(head)) for stage in ("zero2", "zero3")]
+    two += [
+        case(f"{stage} lora bf16", f"zero={stage}", rows(6), lora, "model.precision=bf16", task="causal", export=True,
+             first_weights=str(lora_weights)) for stage in ("zero2", "zero3")
+    ]  # fmt: skip
+    two += [case("NaN on rank 1", rows(6), fault="NaN on rank 1")]
     two += [case("mean of means", rows(6), fault="mean of means")]
     return Table(train_all(folder, 1, one) | train_all(folder, 2, two), folder / "exported")
 
@@ -198,6 +203,17 @@ def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
 def test_every_kind_of_model_trains_as_torch_alone(results: Table, name: str, plain: str) -> None:
     loss, norm = difference(results[name], results[plain])
     assert loss <= 1e-5 and norm <= (1e-4 if "offload" in name else 1e-5)
+
+
+def test_adapters_train_in_the_same_precision_under_every_stage(results: Table) -> None:
+    loss, norm = difference(results["zero3 lora bf16"], results["zero2 lora bf16"])
+    assert loss <= 1e-3 and norm <= 2e-2
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rank_one_step_later(results: Table) -> None:
+    found = results["NaN on rank 1"]
+    assert (found[:, 0] == 3).all() and (found[:, 1] == 1).all()
+    assert np.isfinite(found[:2, 2]).all() and np.isnan(found[2, 2]) and len(found) <= 4, "recorded, and the end at most one step later"
 
 
 def test_a_wrong_normalisation_is_seen(results: Table) -> None:

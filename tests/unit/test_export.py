@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class FakeEngine:
     """A model on the CPU in the training precision."""
 
     device = torch.device("cpu")
+    plan = SimpleNamespace(zero_stage=0)
 
     def __init__(self, model: Any, recipe: Recipe):
         self.model, self.task = model.to(DTYPES[recipe.model.precision]), TASKS[recipe.model.task]
@@ -316,8 +318,6 @@ def test_a_merge_writes_over_nothing_and_needs_an_adapter(tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="no LoRA adapter"):
         merge_adapter(whole.folder)
     adapter.export()
-    with pytest.raises(UsageError, match="exists"):
-        merge_adapter(adapter.folder, tmp_path / "a")
     assert merge_adapter(adapter.folder) == merge_adapter(adapter.folder), "a second merge takes the first one's place"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -90,8 +91,8 @@ def test_a_step_without_a_finite_update_is_recorded_and_stops_the_run_one_step_l
     with pytest.raises(NonFiniteError, match="step 2") as caught:
         run(engine, records)
     assert caught.value.facts["step"] == 2 and records[-1].step == 2 and engine.steps == 3
-    assert math.isnan(records[-1].loss) == ("nan_at" in fault) and records[-1].applied == ("skip_at" not in fault)
-    assert ("rank 0" in str(caught.value)) == ("nan_at" in fault)
+    assert math.isnan(records[-1].loss) == ("nan_at" in fault) and records[-1].skipped_ranks == ((0,) if "skip_at" in fault else ())
+    assert "rank 0" in str(caught.value) and caught.value.facts["rank"] == 0
 
 
 def test_a_stop_request_ends_the_run_after_a_whole_step() -> None:
@@ -107,6 +108,48 @@ def test_the_best_evaluation_is_kept_and_patience_ends_the_run() -> None:
     records: list[StepRecord] = []
     outcome, kept = run(Engine(), records, steps=10, evaluations=values, metric_for_best_model="loss", early_stopping_patience=2)
     assert kept == [2, 4] and outcome.stopped_early and outcome.best_step == 4 and records[-1].step == 8
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best() -> None:
+    values = [{"loss": loss} for loss in (math.nan, 2.0, 1.0)]
+    outcome, kept = run(Engine(), [], steps=6, evaluations=values, metric_for_best_model="loss", early_stopping_patience=2)
+    assert kept == [4, 6] and outcome.best_value == 1.0 and not outcome.stopped_early
+
+
+def test_a_step_is_reported_before_the_next_one_ends() -> None:
+    """A line of steps.jsonl does not wait for a slow step."""
+    records, seen = list[StepRecord](), []
+
+    class Slow(Engine):
+        def step(self, lr: float) -> tuple[float, bool]:
+            deadline = time.monotonic() + 10
+            while len(records) < self.steps and time.monotonic() < deadline:
+                time.sleep(0.01)
+            seen.append(len(records))
+            return super().step(lr)
+
+    run(Slow(), records, steps=4)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_stop_that_comes_with_the_last_step_finds_the_run_complete() -> None:
+    records: list[StepRecord] = []
+    outcome, _ = run(Engine(), records, steps=3, stop_after=2)
+    assert (outcome.status, outcome.steps) == ("completed", 3)
+
+
+def test_seconds_leave_out_what_lies_between_steps() -> None:
+    class Pausing(list):  # type: ignore[type-arg]
+        def __next__(self) -> dict[str, float]:
+            time.sleep(0.3)
+            return {"loss": 1.0}
+
+        def __iter__(self) -> Pausing:
+            return self
+
+    records: list[StepRecord] = []
+    run(Engine(), records, steps=4, evaluations=Pausing([0]))
+    assert sum(record.seconds for record in records) < 0.25
 
 
 def test_a_metric_is_better_when_it_is_larger() -> None:

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
+from trainkit.data.batches import Shape
+from trainkit.data.distributor import WireMicroBatch
+from trainkit.data.feed import MicroBatch, Padding
 from trainkit.errors import DataError
 from trainkit.recipe.schema import Recipe
-from trainkit.training.model import build_model, load_config, model_facts, write_first_weights
+from trainkit.training.model import TASKS, build_model, check_packing, load_config, model_facts, write_first_weights
 
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
 BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -100,3 +105,53 @@ def test_a_folder_without_a_model_and_a_task_without_a_head_are_named(bert: Path
         load_config(recipe_of(bert, "seq2seq"))
     with pytest.raises(DataError, match="weights: random"):
         write_first_weights(recipe_of(t5, "seq2seq", weights="pretrained"), tmp_path / "x")
+
+
+@pytest.mark.parametrize(("kind", "task"), [("t5", "seq2seq"), ("llama", "causal"), ("bert", "classification")])
+def test_the_sum_over_its_labels_is_the_loss_that_transformers_computes(
+    kind: str, task: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """On one batch their mean over the labels is right; it is the mean of such means over batches that is not."""
+    recipe, names = recipe_of(request.getfixturevalue(kind), task), ["a", "b", "c"]
+    model = build_model(recipe, str(write_first_weights(recipe, tmp_path / "first", names)), whole, names).eval()
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(3, 64, (4, 9), generator=generator), torch.ones(4, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    labels = torch.tensor([2, 0, 1, 1]) if task == "classification" else ids.masked_fill(mask == 0, -100)
+    counted = (labels[:, 1:] if task == "causal" else labels) != -100
+    batch = MicroBatch(0, np.arange(4), ids, mask, labels, None, 0, 0)
+    with torch.no_grad():
+        ours = TASKS[task].sum_loss(TASKS[task].logits(model, batch), labels) / counted.sum()
+        theirs = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def packed(first: list[int], second: list[int]) -> MicroBatch:
+    row = np.array([*first, *second])
+    lengths = np.array([len(first), len(second)])
+    return Padding("causal", pad_id=0, eos_id=1).micro_batch(
+        WireMicroBatch(0, Shape(1, len(row) + 2, 0), np.arange(2), dict.fromkeys(("input_ids", "labels"), (row, lengths)), np.array([2]))
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_do_not_see_each_other(llama: Path, tmp_path: Path, attention: str) -> None:
+    recipe = recipe_of(llama, "causal", attn_implementation=attention)
+    model = build_model(recipe, str(write_first_weights(recipe, tmp_path / "first")), whole).eval()
+    batch = packed([5, 6, 7], [8, 9, 10, 11])
+    with torch.no_grad():
+        alone = model(input_ids=torch.tensor([[8, 9, 10, 11]])).logits[0]
+        together = TASKS["causal"].logits(model, batch)[0, 3:7]
+    assert torch.allclose(alone, together, atol=1e-5)
+    check_packing(partial(TASKS["causal"].logits, model), batch)
+
+
+def test_a_model_that_mixes_packed_rows_is_refused(llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(llama, "causal")
+    model = build_model(recipe, str(write_first_weights(recipe, tmp_path / "first")), whole).eval()
+
+    def mixing(batch: MicroBatch) -> torch.Tensor:
+        return model(input_ids=batch.input_ids).logits
+
+    with pytest.raises(DataError, match="packed in front"):
+        check_packing(mixing, packed([5, 6, 7], [8, 9, 10, 11]))

@@ -86,6 +86,7 @@ class Worker:
             self.board = TensorBoard(self.folder.path / "tensorboard", job.plan.use_gpu)
             self.log = StepLog(self.folder)
         self.step, self.order = 0, ""
+        self.examples: dict[int, list[dict[str, str]]] = {}  # by the step of their evaluation
 
     def run(self) -> dict[str, Any] | None:
         self.phase("building the engine")
@@ -125,9 +126,10 @@ class Worker:
         """The loss over the whole evaluation set, and the metrics. At the end metrics come from model/, unless they choose the best."""
         self.phase("evaluating")
         values = evaluate_loss(engine, self.feeds["eval"], self.job.eval_steps)
-        decides = self.recipe.train.metric_for_best_model not in (None, "loss")
+        decides = self.recipe.train.metric_for_best_model not in (None, "loss") or not self.loads_whole
         if self.recipe.train.metrics and (decides or step < self.plan.total_steps):
-            values |= self.metrics(engine.model, self.device, in_step=self.plan.zero_stage == 3)[0]
+            measured, self.examples[step] = self.metrics(engine.model, self.device, in_step=self.plan.zero_stage == 3)
+            values |= measured
         self.board.evaluation(step, values)
         self.phase("training")
         return values
@@ -158,23 +160,29 @@ class Worker:
         return self.feeds["eval" if self.job.eval_steps else "train"].micro_batches(1).micro_batches[0]
 
     def finish(self, engine: Engine, outcome: loop.Outcome) -> list[dict[str, str]]:
-        """Export model/, then measure what the user gets: the metrics come from model/ where it fits a worker."""
+        """Export model/, then measure what the user gets: the metrics come from model/ where a worker may hold it whole."""
         self.phase("exporting the model")
-        target = self.folder.path / "model"
+        target, step = self.folder.path / "model", outcome.steps
         if self.recipe.train.load_best_model_at_end and outcome.best_step is not None:
+            step = outcome.best_step
             if self.rank == 0:
                 move_model(self.folder.path / ".best", target)
             outcome.evaluation = outcome.best_evaluation
         else:
             self.export(engine, target)
-        if not self.job.eval_steps or not self.recipe.train.metrics:
-            return []
+        if not self.loads_whole or not self.job.eval_steps or not self.recipe.train.metrics:
+            return self.examples.get(step, [])
         self.phase("measuring model/")
         dist.barrier()  # rank 0 may still be moving it
         values, examples = self.measure(engine, target)
         outcome.evaluation = {**(outcome.evaluation or {}), **values}
-        self.board.evaluation(outcome.steps, values)
+        self.board.evaluation(step, values)
         return examples
+
+    @property
+    def loads_whole(self) -> bool:
+        """Whether a worker's device may hold the whole model: no GPU does under ZeRO-3, where the engine itself generates, in step."""
+        return self.plan.zero_stage < 3 or self.device.type == "cpu"
 
     def measure(self, engine: Engine, target: Path) -> tuple[dict[str, float], list[dict[str, str]]]:
         """On the device where the whole model fits beside the engine, else on the CPU."""
@@ -198,11 +206,11 @@ class Worker:
     def close(self) -> None:
         for feed in self.feeds.values():
             feed.close()
-        self.board.close()
         if self.log is not None:
             self.log.close()
         if self.lock is not None:
             self.lock.release()
+        self.board.close()
 
     def _feed(self, split: str, last_step: int) -> Feed:
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id

@@ -47,7 +47,10 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path, recipe: Recipe, b
     verdict: list[TrainkitError | None] = [None]
     if dist.get_rank() == 0:
         whole |= persistent_buffers(engine.model)
-        verdict = [_error_of(lambda: _write_and_check(engine.model, whole, tokenizer, folder, recipe, batch, logits), folder)]
+        device = torch.device("cpu") if engine.plan.zero_stage == 3 else _roomy_device(whole, batch)
+        verdict = [
+            _error_of(lambda: _write_and_check(engine.model, whole, tokenizer, folder, recipe, moved(batch, device), logits), folder)
+        ]
     dist.broadcast_object_list(verdict, device=engine.device)
     if verdict[0] is not None:
         raise verdict[0]
@@ -69,16 +72,18 @@ def write_model(model: Any, whole: Tensors, tokenizer: Any, folder: Path, recipe
 
 
 def check_exported(folder: Path, recipe: Recipe, whole: Tensors, batch: MicroBatch, logits: torch.Tensor) -> None:
-    """Load the folder as a user does and compare with the gathered tensors and the engine's logits. Raises ExportMismatch."""
+    """Load the folder as a user does and compare with the gathered tensors and, on the batch's device, the engine's logits.
+
+    Raises ExportMismatch.
+    """
     try:
         loaded = load_plain(folder, recipe.model.task, recipe.model.precision)
     except Exception as error:  # each format fails in its own way, and all mean that the user cannot load it
         raise ExportMismatch(f"{folder}: transformers cannot load the exported model: {error}", what="loading") from error
     compare_tensors(folder, dict(loaded.named_parameters()) | persistent_buffers(loaded), whole)
-    device = _roomy_device(whole, batch)
     task = TASKS[recipe.model.task]
     with torch.no_grad():
-        again = task.logits(loaded.to(device), moved(batch, device)).float().cpu()
+        again = task.logits(loaded.to(batch.input_ids.device), batch).float().cpu()
     compare_logits(folder, _real(again, batch, recipe), _real(logits, batch, recipe), LOGIT_TOLERANCE[recipe.model.precision])
 
 
@@ -115,21 +120,23 @@ def move_model(folder: Path, target: Path) -> None:
         path = folder / "adapter_config.json"
         settings = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": str(target.absolute() / "base"), "revision": None}
         write_whole(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
+    before = target.with_name(f".{target.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if target.exists():
+        target.replace(before)
     folder.replace(target)
+    shutil.rmtree(before, ignore_errors=True)
 
 
-def merge_adapter(run: Path, out: Path | None = None) -> Path:
+def merge_adapter(run: Path) -> Path:
     """`trainkit export RUN --merge`: a run's LoRA adapter merged into its base, as a plain model folder, `<run>/model-merged`.
 
-    Merged in the training precision. Raises UsageError where no adapter lies or `out` exists, DataError where the base cannot be loaded.
+    Merged in the training precision. Raises UsageError where no adapter lies, DataError where the base cannot be loaded.
     """
     recipe, folder = open_run(run)
     if not (folder / "adapter_config.json").is_file():
         raise UsageError(f"{folder}: no LoRA adapter lies here, so there is nothing to merge: model/ is a whole model")
-    target = run / "model-merged" if out is None else out
-    if out is not None and out.exists():
-        raise UsageError(f"{out}: exists. Name another folder for the merged model")
+    target = run / "model-merged"
     beside = target.with_name(f".{target.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -137,7 +144,7 @@ def merge_adapter(run: Path, out: Path | None = None) -> Path:
         exported_tokenizer(recipe, folder).save_pretrained(beside)
         move_model(beside, target)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{target}: the merged model cannot be written: {error}. Make room or name another folder") from None
+        raise UsageError(f"{target}: the merged model cannot be written: {error}. Make room") from None
     return target
 
 

@@ -35,7 +35,7 @@ def resolve(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, world_si
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optimizer.max_grad_norm,
         **_precision(recipe, zero),
-        "optimizer": _optimizer(recipe, zero, hardware),
+        "optimizer": OPTIMIZERS["adamw"](recipe, zero, hardware),
         "zero_optimization": _zero(zero, model, hardware),
         **kept,
     }
@@ -85,7 +85,7 @@ def _precision(recipe: Recipe, zero: ZeroConfig) -> dict[str, Any]:
     return {}
 
 
-def _optimizer(recipe: Recipe, zero: ZeroConfig, hardware: Hardware) -> dict[str, Any]:
+def _adamw(recipe: Recipe, zero: ZeroConfig, hardware: Hardware) -> dict[str, Any]:
     keys = recipe.optimizer
     params: dict[str, Any] = {"lr": keys.lr, "betas": list(keys.betas), "eps": keys.eps, "weight_decay": keys.weight_decay}
     written = _literals(_literals(zero.json.get("optimizer")).get("params"))
@@ -94,6 +94,9 @@ def _optimizer(recipe: Recipe, zero: ZeroConfig, hardware: Hardware) -> dict[str
         if hardware.device == "cuda" and "foreach" not in written:  # torch takes one of the two
             params["fused"] = True
     return {"type": "AdamW", "params": params | {key: written[key] for key in ("torch_adam", "fused", "foreach") if key in written}}
+
+
+OPTIMIZERS = {"adamw": _adamw}  # name to the `optimizer` section; the recipe's default is the only one so far
 
 
 def _zero(zero: ZeroConfig, model: ModelFacts | None, hardware: Hardware) -> dict[str, Any]:

@@ -117,6 +117,8 @@ def _check_applied(ds: Any, plan: Plan) -> None:
     precision = "bf16" if ds.bfloat16_enabled() else "fp16" if ds.fp16_enabled() else "fp32"
     offload = ds._config.zero_config.offload_optimizer, ds._config.zero_config.offload_param
     on_cpu = [part is not None and str(getattr(part.device, "value", part.device)) == "cpu" for part in offload]
+    keys, group = plan.ds_config["optimizer"]["params"], ds.optimizer.param_groups[0]
+    widths = {str(parameter.dtype) for parameter in ds.module.parameters()}
     applied = {
         "ZeRO stage": (plan.zero_stage, int(ds.zero_optimization_stage())),
         "precision": (plan.precision, precision),
@@ -125,9 +127,16 @@ def _check_applied(ds: Any, plan: Plan) -> None:
         "parameter offload": (plan.offload_param, on_cpu[1]),
         "world size": (plan.world_size, dist.get_world_size()),
         "gradient accumulation in DeepSpeed": (1, ds.gradient_accumulation_steps()),
+        "optimizer": ("DeepSpeedCPUAdam" if plan.offload_optimizer else "AdamW", type(ds.basic_optimizer).__name__),
+        **{key: (_plain(keys[key]), _plain(group[key])) for key in ("betas", "eps", "weight_decay")},
+        "type of the parameters": ({str(DTYPES[plan.precision])}, widths),
     }
     for what, (planned, got) in applied.items():
         if planned != got:
             raise PlanMismatch(
                 f"{what}: the plan says {planned}, the built DeepSpeed engine applies {got}", what=what, planned=planned, applied=got
             )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value

@@ -6,9 +6,10 @@ step late (meters.py); every rank reads the same numbers and takes the same turn
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,7 +34,7 @@ class StepFeed(Protocol):
 class Surroundings:
     """What the loop tells and asks the outside. Every rank calls all of them at the same steps."""
 
-    report: Callable[[StepRecord], None]
+    report: Callable[[StepRecord], None]  # from a thread, as soon as a step's numbers are there
     evaluate: Callable[[int], dict[str, float]]  # step to {"loss": ..., metric: ...}
     keep_best: Callable[[int], None]  # the weights of now are the best so far
     stop_requested: Callable[[], bool]
@@ -59,29 +60,29 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
     Raises NonFiniteError, one step late at most, when a loss is not finite or DeepSpeed skipped a step.
     """
     outcome = Outcome()
-    ledger = StepLedger(engine.device, plan.world_size)
-    clock = time.perf_counter()
-    for step in range(1, plan.total_steps + 1):
-        asked = time.perf_counter()
-        batch = feed.micro_batches(step)
-        data_wait = time.perf_counter() - asked
+    ledger = StepLedger(engine.device, plan.world_size, around.report)
+    with contextlib.closing(ledger):
+        for step in range(1, plan.total_steps + 1):
+            began = time.perf_counter()
+            batch = feed.micro_batches(step)
+            data_wait = time.perf_counter() - began
 
-        loss_sum = forward_and_backward(engine, batch, recipe.train.seed)
-        lr = learning_rate(step, plan.total_steps, plan.warmup_steps, recipe.optimizer.lr, recipe.optimizer.lr_scheduler_type)
-        grad_norm, applied = engine.step(lr)
+            loss_sum = forward_and_backward(engine, batch, recipe.train.seed)
+            lr = learning_rate(step, plan.total_steps, plan.warmup_steps, recipe.optimizer.lr, recipe.optimizer.lr_scheduler_type)
+            grad_norm, applied = engine.step(lr)
 
-        clock, seconds = time.perf_counter(), time.perf_counter() - clock
-        mine = Submitted(batch, loss_sum, grad_norm, applied, lr, data_wait, seconds, around.stop_requested())
-        if _read(ledger.submit(mine), around, plan, outcome):
-            break
-        if evaluation_due(step, plan):
-            if _read(ledger.flush(), around, plan, outcome):
+            mine = Submitted(batch, loss_sum, grad_norm, applied, lr, data_wait, began, around.stop_requested())
+            if _stops(ledger.submit(mine), plan, outcome):
                 break
-            _evaluate(step, recipe, around, outcome)
-            if outcome.stopped_early:
-                break
-            clock = time.perf_counter()
-    _read(ledger.flush(), around, plan, outcome)
+            if evaluation_due(step, plan):
+                if _stops(ledger.flush(), plan, outcome):
+                    break
+                _evaluate(step, recipe, around, outcome)
+                if outcome.stopped_early:
+                    break
+        _stops(ledger.flush(), plan, outcome)
+    if outcome.steps == plan.total_steps:
+        outcome.status = "completed"  # a stop that came with the last step has nothing left to stop
     return outcome
 
 
@@ -103,25 +104,24 @@ def evaluation_due(step: int, plan: Plan) -> bool:
     return plan.eval_every > 0 and (step % plan.eval_every == 0 or step == plan.total_steps)
 
 
-def _read(record: StepRecord | None, around: Surroundings, plan: Plan, outcome: Outcome) -> bool:
+def _stops(record: StepRecord | None, plan: Plan, outcome: Outcome) -> bool:
     """Take in a finished step. Returns whether to stop."""
-    if record is None:
-        return outcome.status == "interrupted"
-    around.report(record)
-    outcome.steps = record.step
-    _check_finite(record, plan)
-    if record.stop and record.step < plan.total_steps:
-        outcome.status = "interrupted"
+    if record is not None:
+        outcome.steps = record.step
+        _check_finite(record, plan)
+        if record.stop:
+            outcome.status = "interrupted"
     return outcome.status == "interrupted"
 
 
 def _check_finite(record: StepRecord, plan: Plan) -> None:
     """fp16's search for a loss scale skips steps whose loss is finite; they are recorded, and only there is that no fault."""
+    ranks = record.non_finite_ranks
     if record.non_finite_ranks:
-        ranks = ", ".join(map(str, record.non_finite_ranks))
-        what = f"the loss of rank {ranks} is not finite"
-    elif not record.applied and plan.precision != "fp16":
-        what = "DeepSpeed skipped the step"
+        what = f"the loss of rank {_listed(ranks)} is not finite"
+    elif record.skipped_ranks and plan.precision != "fp16":
+        ranks = record.skipped_ranks
+        what = f"DeepSpeed skipped the step on rank {_listed(ranks)}"
     elif not math.isfinite(record.grad_norm) and plan.precision != "fp16":
         what = f"the gradient norm over all ranks is {record.grad_norm}"
     else:
@@ -129,8 +129,12 @@ def _check_finite(record: StepRecord, plan: Plan) -> None:
     raise NonFiniteError(
         f"step {record.step}: {what} (loss {record.loss}, gradient norm {record.grad_norm}, learning rate {record.lr:.3g}). "
         "Look at the rows of this step, lower optimizer.lr, or use model.precision: fp32.",
-        step=record.step, rank=record.non_finite_ranks[0] if record.non_finite_ranks else None, what=what,
+        step=record.step, rank=ranks[0] if ranks else None, what=what,
     )  # fmt: skip
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def _evaluate(step: int, recipe: Recipe, around: Surroundings, outcome: Outcome) -> None:
@@ -140,7 +144,9 @@ def _evaluate(step: int, recipe: Recipe, around: Surroundings, outcome: Outcome)
     if metric is None:
         return
     value = values[metric]
-    if outcome.best_value is None or (value < outcome.best_value if metric == "loss" else value > outcome.best_value):
+    if math.isfinite(value) and (
+        outcome.best_value is None or (value < outcome.best_value if metric == "loss" else value > outcome.best_value)
+    ):
         outcome.best_step, outcome.best_value, outcome.evaluations_without_better = step, value, 0
         outcome.best_evaluation = outcome.evaluation
         around.keep_best(step)

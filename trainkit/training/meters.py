@@ -1,13 +1,17 @@
 """What a step cost and gave, gathered over all ranks without a host sync.
 
-Once a step each rank contributes a few numbers to one small all_gather. The result is read one step late, when it has long arrived, so
-the GPU is never waited for. Every rank sees the same numbers and therefore decides alike (stop, non-finite).
+Once a step each rank contributes a few numbers to one small all_gather. A thread waits for the result and reports it as soon as it is
+there; the loop looks at it one step late, when it has long arrived, so the GPU is never waited for. Every rank sees the same numbers and
+therefore decides alike (stop, non-finite).
 """
 
 from __future__ import annotations
 
 import math
 import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +38,7 @@ class Submitted:
     applied: bool  # DeepSpeed updated the weights
     lr: float
     data_wait_seconds: float
-    seconds: float
+    began: float  # time.perf_counter() at the start of the step
     stop: bool
 
 
@@ -51,9 +55,9 @@ class StepRecord:
     tokens: int
     padding_fraction: float
     tokens_imbalance: float  # largest over mean of the ranks' real tokens
-    seconds: float
+    seconds: float  # from the end of the step before, or its own beginning after a pause, until its numbers were there
     data_wait_seconds: float  # of the rank that waited longest
-    applied: bool
+    skipped_ranks: tuple[int, ...]  # on which DeepSpeed did not update the weights
     stop: bool
     non_finite_ranks: tuple[int, ...]  # whose loss is NaN or infinite
     step_hash: int  # of the sample ids that the ranks trained
@@ -62,11 +66,13 @@ class StepRecord:
 
 
 class StepLedger:
-    """Takes a step's numbers and gives back those of the step before."""
+    """Takes a step's numbers, reports them when they have arrived, and gives back those of the step before. Close it at the end."""
 
-    def __init__(self, device: torch.device, world_size: int):
-        self.device, self.world_size = device, world_size
-        self.pending: tuple[Submitted, torch.Tensor, torch.cuda.Event | None] | None = None
+    def __init__(self, device: torch.device, world_size: int, report: Callable[[StepRecord], None]):
+        self.device, self.world_size, self.report = device, world_size, report
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="meters")
+        self.pending: Future[StepRecord] | None = None
+        self.ended = 0.0  # when the last step's numbers were there
 
     def submit(self, mine: Submitted) -> StepRecord | None:
         """Gather this step's numbers; returns the record of the previous step, None before the first."""
@@ -82,18 +88,25 @@ class StepLedger:
         local[1] = mine.grad_norm
         everyone = torch.empty(self.world_size * len(_FIELDS), dtype=torch.float64, device=self.device)
         dist.all_gather_into_tensor(everyone, local)
-        self.pending = mine, *_to_host(everyone)
+        self.pending = self.reader.submit(self._read, mine, *_to_host(everyone))
         return before
 
     def flush(self) -> StepRecord | None:
-        """The record of the last submitted step, waited for; None if there is none."""
-        if self.pending is None:
-            return None
-        mine, gathered, arrived = self.pending
-        self.pending = None
+        """The record of the last submitted step, waited for; None if there is none. Raises what its report raised."""
+        pending, self.pending = self.pending, None
+        return None if pending is None else pending.result()
+
+    def close(self) -> None:
+        """What was submitted is still reported."""
+        self.reader.shutdown()
+
+    def _read(self, mine: Submitted, gathered: torch.Tensor, arrived: torch.cuda.Event | None) -> StepRecord:
         if arrived is not None:
             arrived.synchronize()
-        return _record(mine, gathered.view(self.world_size, len(_FIELDS)))
+        before, self.ended = self.ended, time.perf_counter()
+        record = _record(mine, gathered.view(self.world_size, len(_FIELDS)), self.ended - max(before, mine.began))
+        self.report(record)
+        return record
 
 
 def _to_host(gathered: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
@@ -106,7 +119,7 @@ def _to_host(gathered: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | N
     return host, arrived
 
 
-def _record(mine: Submitted, gathered: torch.Tensor) -> StepRecord:
+def _record(mine: Submitted, gathered: torch.Tensor, seconds: float) -> StepRecord:
     by_name: dict[str, list[float]] = dict(zip(_FIELDS, gathered.T.tolist(), strict=True))
     losses, batch = by_name["loss_sum"], mine.batch
     hashes = [int(low) + (int(high) << 32) for low, high in zip(by_name["hash_low"], by_name["hash_high"], strict=True)]
@@ -121,9 +134,9 @@ def _record(mine: Submitted, gathered: torch.Tensor) -> StepRecord:
         tokens=int(tokens),
         padding_fraction=1 - tokens / max(1, padded),
         tokens_imbalance=max(by_name["tokens"]) * len(losses) / max(1, tokens),
-        seconds=mine.seconds,
+        seconds=seconds,
         data_wait_seconds=max(by_name["data_wait"]),
-        applied=all(by_name["applied"]),
+        skipped_ranks=tuple(rank for rank, applied in enumerate(by_name["applied"]) if not applied),
         stop=any(by_name["stop"]),
         non_finite_ranks=tuple(rank for rank, loss in enumerate(losses) if not math.isfinite(loss)),
         step_hash=sum(hashes) % 2**64,
@@ -147,4 +160,4 @@ def as_json(record: StepRecord, order: str) -> dict[str, Any]:
     line["data_wait_fraction"] = round(record.data_wait_seconds / record.seconds, 6)
     line["tokens_imbalance"] = round(record.tokens_imbalance, 4)
     line["peak_memory_gib"] = [round(gib(peak), 3) for peak in record.peak_bytes]
-    return line if record.applied else line | {"skipped": True}
+    return line | {"skipped": True} if record.skipped_ranks else line

@@ -229,9 +229,9 @@ def _add_lora(model: Any, recipe: Recipe) -> Any:
     import peft
 
     settings = peft.LoraConfig(task_type=TASKS[recipe.model.task].peft_type, **lora.model_dump())
-    settings.base_model_name_or_path = recipe.model.path
-    try:
-        return peft.get_peft_model(model, settings)
+    settings.base_model_name_or_path, settings.revision = recipe.model.path, recipe.model.revision
+    try:  # peft would keep adapters in fp32, which DeepSpeed casts under some stages only
+        return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
         raise DataError(f"model.lora.target_modules: {lora.target_modules}: {_first_line(error)}") from None
 

@@ -9,6 +9,7 @@ under a lock that ends with it, and a torch lock file that nobody works behind i
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,10 +34,18 @@ def missing(names: Sequence[str]) -> list[str]:
     return [name for name in names if not (_folder(name) / f"{name}.so").exists() or (_folder(name) / "lock").exists()]
 
 
-def start_build(names: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Build in another process; its output, the compiler's errors included, goes to `log`."""
+def build_missing(names: Sequence[str], log: Path) -> bool:
+    """Build on this machine what is missing, in a process of its own; False if that failed.
+
+    Its output, the compiler's errors included, goes to `log`. The ninja that lies beside this Python is found whatever PATH says.
+    """
+    wanted = missing(names)
+    if not wanted:
+        return True
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = [sys.executable, "-m", __name__, *wanted]
     with log.open("wb") as file:
-        return subprocess.Popen([sys.executable, "-m", __name__, *names], stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"PATH": path}, check=False).returncode == 0
 
 
 def build(names: Sequence[str]) -> None:
