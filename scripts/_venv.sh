@@ -22,7 +22,10 @@ find_python() {
 make_venv() {
     local python
     python=$(find_python) || fail "no Python 3.11 or 3.12 found. Install one, or name it: PYTHON=/path/to/python3.12 $0"
-    "$python" -m venv .venv 2>/dev/null || fail "$python cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv"
+    if ! "$python" -m venv .venv 2>/dev/null; then
+        rm -rf .venv # without ensurepip it is left with a Python and no pip, and would be taken for a whole one next time
+        fail "$python cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv"
+    fi
 }
 
 check_compiler() { # DeepSpeed compiles two small operators on first use

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,7 @@ def test_a_run_leaves_what_it_promises_and_shows_no_noise(small_run: Finished, t
     assert found["samples"] == sum(step["samples"] for step in steps) and found["order"] == steps[-1]["order"]
     assert len(found["peak_memory_gib"]) == 2
     assert {"recipe.yaml", "plan.json", "environment.json", "tensorboard", "model"} <= {path.name for path in folder.path.iterdir()}
+    assert not list(folder.ray.glob("*.safetensors")), "the first weights, as large as the model, are not kept"
     assert "RAY_AUTH_TOKEN" not in (folder.path / "environment.json").read_text()
     command = [sys.executable, "-m", "trainkit.run", str(folder.path / "recipe.yaml"), "--runs", str(folder.path.parent), "--name", "it"]
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
@@ -201,40 +202,77 @@ def test_a_step_that_is_not_finite_stops_the_run_and_leaves_no_model(tmp_path: P
     assert (found["status"], found["error"]["kind"]) == ("failed", "NonFiniteError")
     assert found["steps"] <= found["error"]["step"] + 1
     assert not (folder.path / "model").exists()
+    assert not list(folder.ray.glob("*.safetensors"))
 
 
 CLUSTER = """
 import ray, sys
 ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=10**8, logging_level="error")
+class Holder: pass
+holder = ray.remote(num_cpus=float(sys.argv[1]))(Holder).remote()
+ray.get(holder.__ray_ready__.remote())
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
 
 
-def test_more_than_a_joined_cluster_has_is_said_within_seconds(tmp_path: Path) -> None:
+@contextmanager
+def joined(runs: Path, held: int = 0, **of_the_node: str) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """A cluster of one node with 2 CPUs, `held` of them taken by another job; gives the command that joins it."""
     settings = environment() | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    cluster = subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings)
+    cluster = subprocess.Popen([sys.executable, "-c", CLUSTER, str(held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env=settings | of_the_node)  # fmt: skip
     try:
         assert cluster.stdout is not None
         address = cluster.stdout.readline().strip()
-        command = [
-            sys.executable,
-            "-m",
-            "trainkit.run",
-            str(ROOT / "recipes/quickstart.yaml"),
-            "--runs",
-            str(tmp_path),
-            "--address",
-            address,
-        ]
-        asked = subprocess.run([*command, "--name", "it", "--set", "scaling.num_workers=9", *SMALL],
-                               capture_output=True, text=True, timeout=100, check=False, env=settings, cwd=ROOT)  # fmt: skip
-        assert asked.returncode == 3, asked.stdout + asked.stderr
-        assert "9 workers × 1 CPU = 9 CPU, and the cluster has 2" in " ".join(asked.stderr.split())
-        assert summary(RunFolder(tmp_path / "it"))["error"]["kind"] == "CapacityError"
+        command = [sys.executable, "-m", "trainkit.run", str(ROOT / "recipes/quickstart.yaml"), "--runs", str(runs), "--address", address]
+
+        def run(name: str, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run([*command, "--name", name, *options, *SMALL],
+                                  capture_output=True, text=True, timeout=100, check=False, env=settings | variables, cwd=ROOT)  # fmt: skip
+
+        yield run
     finally:
         cluster.communicate("")
     assert cluster.returncode == 0
+
+
+def test_what_a_joined_cluster_can_never_give_is_said_within_seconds(tmp_path: Path) -> None:
+    with joined(tmp_path) as run:
+        for name, words, options in [
+            ("many", "9 workers × 1 CPU = 9 CPU, and the cluster has 2", ["scaling.num_workers=9"]),
+            ("spread", "STRICT_SPREAD: one on each node), which have room for 1", ["scaling.placement_strategy=STRICT_SPREAD"]),
+            ("accelerator", "2 workers ask for H100, and 0 of the cluster's 1 nodes have it", ["scaling.accelerator_type=H100"]),
+            ("labels", "zone: a is asked for, and 0 of the cluster's 1 nodes have that", ["scaling.label_selector={zone: a}"]),
+        ]:
+            asked = run(name, *(word for option in options for word in ("--set", option)))
+            assert asked.returncode == 3, asked.stdout + asked.stderr
+            assert words in " ".join(asked.stderr.split())
+            assert summary(RunFolder(tmp_path / name))["error"]["kind"] == "CapacityError"
+
+
+def test_a_cluster_that_others_hold_ends_the_wait_in_time(tmp_path: Path) -> None:
+    with joined(tmp_path, held=1) as run:
+        asked = run("it", RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3")
+    assert asked.returncode == 3, asked.stdout + asked.stderr
+    assert "2 workers found no place in time" in asked.stderr and "Traceback" not in asked.stderr
+    assert not list((tmp_path / "it/.ray").glob("*.safetensors"))
+
+
+def test_a_node_that_cannot_compile_is_named(tmp_path: Path) -> None:
+    """The compiler fails on the node alone; a lock that a killed build left there is no obstacle."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/c++").write_text("#!/bin/sh\ncase $* in *.cpp*) echo 'Python.h: not found' >&2; exit 1;; esac\nexec g++ \"$@\"\n")
+    (tmp_path / "bin/c++").chmod(0o755)
+    (tmp_path / "extensions/deepspeed_shm_comm").mkdir(parents=True)
+    (tmp_path / "extensions/deepspeed_shm_comm/lock").touch()
+    path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+    with joined(tmp_path, PATH=path, TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions")) as run:
+        asked = run("it")
+    assert asked.returncode == 2, asked.stdout + asked.stderr
+    assert "error: node " in asked.stderr and "DeepSpeed's deepspeed_shm_comm cannot be compiled" in asked.stderr
+    (log,) = (tmp_path / "it/.ray").glob("operators-*.log")
+    assert "Python.h: not found" in log.read_text()
 
 
 @pytest.fixture(autouse=True)

@@ -39,6 +39,30 @@ def test_what_must_end_is_not_interrupted() -> None:
         send(signal.SIGINT)
 
 
+def test_a_signal_after_the_end_of_training_does_not_discard_its_outcome() -> None:
+    def train(signals: Signals) -> str:
+        with signals.ignored():
+            pass
+        with signals.softly(lambda: None):
+            outcome = "completed"
+        send(signal.SIGINT)
+        with signals.ignored():
+            pass
+        send(signal.SIGTERM)
+        return outcome
+
+    with Signals() as signals:
+        assert train(signals) == "completed"
+
+
+def test_after_training_that_failed_a_signal_ends_the_command() -> None:
+    with Signals() as signals:
+        with pytest.raises(ValueError, match="failed"), signals.softly(lambda: None):
+            raise ValueError("failed")
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
 def test_handlers_of_others_come_back() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Signals() as signals:

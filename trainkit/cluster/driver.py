@@ -88,14 +88,19 @@ class _Run:
         self.folder.write_plan(self.plan.to_json())
         self.folder.write_environment(hardware.environment())
         self.console.print(f"run folder {self.folder.path}", style="dim", highlight=False, soft_wrap=True)
+        try:
+            return self._launch()
+        finally:
+            self._first_weights_path.unlink(missing_ok=True)  # a whole model in fp32, of no use to anybody now
+
+    def _launch(self) -> dict[str, Any]:
         prepared = self._prepare()
-        first_weights = self._first_weights(prepared)
         asked = Launch(
             recipe=self.recipe,
             plan=self.plan,
             folder=self.folder,
             prepared=prepared,
-            first_weights=first_weights,
+            first_weights=self._first_weights(prepared),
             address=self.address,
             verbose=self.verbose,
         )
@@ -113,7 +118,11 @@ class _Run:
     def _first_weights(self, prepared: Any) -> Path | None:
         from trainkit.training.model import write_first_weights
 
-        return write_first_weights(self.recipe, self.folder.ray / "first_weights.safetensors", prepared.label_names)
+        return write_first_weights(self.recipe, self._first_weights_path, prepared.label_names)
+
+    @property
+    def _first_weights_path(self) -> Path:
+        return self.folder.ray / "first_weights.safetensors"
 
     def _stopping(self) -> None:
         self.folder.request_stop()

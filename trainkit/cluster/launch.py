@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from trainkit.cluster.capacity import check_capacity, worker_resources
+from trainkit.cluster.capacity import Node, check_capacity, worker_nodes, worker_resources
 from trainkit.cluster.progress import Display, View, Watch
-from trainkit.cluster.session import check_head, end_processes, environment, environment_settings, head_processes, ray_session
+from trainkit.cluster.session import check_head, environment, environment_settings, head_processes, ray_session
 from trainkit.cluster.signals import Signals
 from trainkit.errors import UsageError
 from trainkit.planning.planner import Plan
@@ -52,14 +50,12 @@ def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[],
     Raises CapacityError before anything starts, UsageError if no cluster answers at the address, and whatever `fit` raises.
     """
     settings = environment_settings(asked.recipe, local=asked.address is None)
-    with environment(settings), _quiet(asked):
-        if asked.address is None:
-            _build_operators(asked, display)
-        with ray_session(asked.address, settings, asked.verbose, signals) as nodes:
-            check_capacity(nodes, asked.recipe.scaling, asked.plan.world_size)
-            trainer = _trainer(asked)
-            with signals.softly(stop):
-                return _fit(trainer, asked, display)
+    with environment(settings), _quiet(asked), ray_session(asked.address, settings, asked.verbose, signals) as nodes:
+        check_capacity(nodes, asked.recipe.scaling, asked.plan.world_size)
+        _build_operators(worker_nodes(nodes, asked.recipe.scaling, asked.plan.world_size), asked, display)
+        trainer = _trainer(asked)
+        with signals.softly(stop):
+            return _fit(trainer, asked, display)
 
 
 @contextlib.contextmanager
@@ -72,26 +68,52 @@ def _quiet(asked: Launch) -> Iterator[None]:
         yield
 
 
-def _build_operators(asked: Launch, display: Display) -> None:
-    """Compile what DeepSpeed will load, before workers wait for it. Raises UsageError if the compiler fails."""
+def _build_operators(nodes: Sequence[Node], asked: Launch, display: Display) -> None:
+    """Compile what DeepSpeed will load, on every node where a worker can come to run, before workers wait for it.
+
+    Raises UsageError, with the node's name, if that fails on one of them.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     from trainkit.training import operators
 
-    names = operators.missing(operators.needed(asked.plan))
+    needed = operators.needed(asked.plan)
+    names = needed if asked.address else operators.missing(needed)  # of other machines only a task there can know
     if not names:
         return
-    log, began = asked.folder.ray / "operators.log", time.monotonic()
-    build = operators.start_build(names, log)
+    build, logs = ray.remote(num_cpus=0, max_retries=0)(operators.build_missing), asked.folder.ray
+    tasks = {
+        build.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(names, _log(logs, node)): node
+        for node in nodes
+    }
+    waiting, began = list(tasks), time.monotonic()
+    with display:
+        while waiting:
+            display.show(View("compiling DeepSpeed's operators, once per machine,", time.monotonic() - began))
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_LOOK_SECONDS)
+    for task, node in tasks.items():
+        _check_built(task, node, names, _log(logs, node))
+
+
+def _log(folder: Path, node: Node) -> Path:
+    return folder / f"operators-{node.id[:8]}.log"
+
+
+def _check_built(task: Any, node: Node, names: Sequence[str], log: Path) -> None:
+    import ray
+
     try:
-        with display:
-            while build.poll() is None:
-                display.show(View("compiling DeepSpeed's operators, once per machine,", time.monotonic() - began))
-                time.sleep(_LOOK_SECONDS)
-    finally:
-        if build.poll() is None:
-            end_processes([*psutil.Process(build.pid).children(recursive=True), psutil.Process(build.pid)], seconds=0)
-    if build.returncode != 0:
+        built = ray.get(task)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None) or error
         raise UsageError(
-            f"DeepSpeed's {', '.join(names)} cannot be compiled: g++ and the Python headers are needed. The compiler says: {log}"
+            f"node {node.name}: DeepSpeed's {', '.join(names)} cannot be built there: {type(cause).__name__}: {cause}"
+        ) from error
+    if not built:
+        raise UsageError(
+            f"node {node.name}: DeepSpeed's {', '.join(names)} cannot be compiled: g++ and the Python headers are needed. "
+            f"The compiler says: {log}"
         )
 
 

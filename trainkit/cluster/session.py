@@ -21,6 +21,7 @@ from trainkit.recipe.schema import Recipe
 
 _OBJECT_STORE_BYTES = 512 * 2**20  # batches on their way are small; /dev/shm often is, too
 _PROBE_SECONDS = 5.0
+_OWN_BIN = str(Path(sys.executable).parent)
 
 
 def cluster_address(address: str | None) -> str | None:
@@ -71,13 +72,18 @@ def environment(settings: dict[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    os.environ["PATH"] = os.pathsep.join([_OWN_BIN, os.environ.get("PATH", "")])
     try:
         yield
     finally:
         for name in set(os.environ) - set(before):
             del os.environ[name]
         os.environ.update(before)
+
+
+def job_environment(settings: dict[str, str]) -> dict[str, str]:
+    """What the processes of a joined cluster get: the user's value where there is one, ours elsewhere. Each node puts in its own PATH."""
+    return {name: os.environ.get(name, value) for name, value in settings.items()} | {"PATH": f"{_OWN_BIN}{os.pathsep}${{PATH}}"}
 
 
 @contextlib.contextmanager
@@ -117,7 +123,7 @@ def _join(address: str, settings: dict[str, str], verbose: bool) -> None:
     try:
         ray.init(
             address=address,
-            runtime_env={"env_vars": settings},
+            runtime_env={"env_vars": job_environment(settings)},
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.ERROR,
         )

@@ -38,10 +38,11 @@ class Signals:
 
     @contextlib.contextmanager
     def softly(self, first: Callable[[], None]) -> Iterator[None]:
-        """The first signal calls `first`; the next one raises."""
+        """The first signal calls `first`; the next one raises. What came to its end stays so: from then on no signal takes it away."""
         self.first = first
         try:
             yield
+            self.deaf = True
         finally:
             self.first = None
 
