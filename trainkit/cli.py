@@ -100,6 +100,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        end = "" if "--debug" in arguments else " (a fault of trainkit; --debug shows the traceback)"
+        Console(stderr=True).print(Text("error: ", style="bold red") + Text(said + end), soft_wrap=True)
+        sys.exit(TrainkitError.exit_code)
     sys.exit(0)
 
 

@@ -62,6 +62,28 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback (most recent call last)" in shown and "error:" in shown
 
 
+def test_a_fault_of_trainkit_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(*arguments: object) -> None:
+        raise ZeroDivisionError("by [zero]\nhere")
+
+    monkeypatch.setattr("trainkit.cluster.decision.decide", fails)
+    assert call("plan", QUICKSTART) == 4
+    said = "error: ZeroDivisionError: by [zero] here (a fault of trainkit; --debug shows the traceback)\n"
+    assert capsys.readouterr().err == said
+    assert call("plan", QUICKSTART, "--debug") == 4
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["{}/rows.jsonl", "{}/*.jsonl"])
+def test_a_plan_finds_a_column_that_local_data_lacks(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    changes = {"data.path": path.format(tmp_path), "data.eval": "null", "data.source": "'{qestion}'", "data.target": "'{answer}'"}
+    changes |= {"train.metrics": "[]", "train.metric_for_best_model": "null", "train.load_best_model_at_end": "false"}
+    options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    assert call("plan", QUICKSTART, "--runs", str(tmp_path / "runs"), *options) == 2
+    assert "the data has no column 'qestion'; it has question, answer. Did you mean 'question'?" in capsys.readouterr().err
+
+
 def test_runs_overrides_the_storage_path(tmp_path: Path) -> None:
     from trainkit import load_recipe
 

@@ -23,9 +23,10 @@ Load = Any
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Load:
-    """A recipe with these keys under data."""
+    """A recipe with these keys under data, whose one column is q."""
 
     def make(**data: Any) -> Recipe:
+        data = {"source": "{q}", "target": "{q}"} | data
         sections = {"model": {"path": "none", "task": "seq2seq"}, "batch": {"samples": 2}, "optimizer": {"lr": 0.1}}
         return Recipe.model_validate(
             {"name": "r", "data": data, "train": {"epochs": 1}, "run": {"storage_path": str(tmp_path / "runs")}} | sections
@@ -179,6 +180,97 @@ def test_local_files_are_cached_under_the_storage_path(load: Load, tmp_path: Pat
     assert list((tmp_path / "runs" / ".cache" / "datasets").rglob("*.arrow"))
 
 
+BIG = 11 << 20  # bytes: over the first block, from which datasets infers the types
+
+
+def big(file: Path, first: Any, last: Any) -> Path:
+    """JSON lines: many rows whose q is `first`, and one at the end with `last` and a new key."""
+    line = json.dumps({"q": first, "pad": "x" * 1000}) + "\n"
+    file.write_text(line * (BIG // len(line)) + json.dumps({"q": last, "late": 1}) + "\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "shown"),
+    [(None, "text", None), ("2020-01-01", "no date", "2020-01-01"), (1, "text", 1), (1, 1.5, 1.0), ([], [{"a": 1}], []),
+     ({"a": 1}, {"b": None}, {"a": 1}), ("same", "same", "same")],
+)  # fmt: skip
+def test_a_type_that_changes_late_in_a_large_file_is_read(load: Load, tmp_path: Path, first: Any, last: Any, shown: Any) -> None:
+    file = big(tmp_path / "x.jsonl", first, last)
+    for _ in range(2):
+        found = load(path=str(file))
+        assert len(found) == BIG // len(json.dumps({"q": first, "pad": "x" * 1000}) + "\n") + 1
+        assert (found[0], found[-1], type(found[-1])) == (shown, last, type(last))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_files_may_differ_in_columns_that_the_recipe_does_not_read(load: Load, tmp_path: Path, ending: str) -> None:
+    for name, more in (("a", {"n": 1}), ("b", {"m": [2]}), ("c", {"n": "x"})):
+        rows = datasets.Dataset.from_list([{"q": name} | more])
+        file = tmp_path / f"{name}.{ending}"
+        rows.to_parquet(file) if ending == "parquet" else rows.to_csv(file) if ending == "csv" else rows.to_json(file)
+    for _ in range(2):
+        assert load(path=str(tmp_path / f"*.{ending}")) == ["a", "b", "c"]
+
+
+def test_files_whose_types_differ_keep_each_value(load: Load, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 7)
+    write(tmp_path / "b.jsonl", "text")
+    assert load(path=str(tmp_path / "*.jsonl")) == [7, "text"]
+
+
+def test_the_index_that_pandas_writes_is_a_column(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(",q,a\n0,h,x\n1,i,y\n")
+    assert load(path=str(tmp_path / "x.csv")) == ["h", "i"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("q,a\n0,h,x\n", r"x\.csv:2: 3 cells in a row, and the header names 2 columns"),
+        ('q,a\n"1\n2",x\nh,x,\n', r"x\.csv:4: 3 cells"),
+        ("q,q,a\nh,j,x\n", r"x\.csv:1: the column q stands twice"),
+    ],
+)
+def test_csv_cells_never_shift(load: Load, tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "x.csv").write_text(content)
+    for _ in range(2):
+        with pytest.raises(DataError, match=said):
+            load(path=str(tmp_path / "x.csv"))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "dates.jsonl", "mixed.jsonl", "x.csv", "x.parquet"])
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_a_damaged_cache_is_read_anew(load: Load, tmp_path: Path, name: str, damage: str) -> None:
+    values = {"dates.jsonl": ["2020-01-01"], "mixed.jsonl": [1, "a"]}.get(name, ["1", "2"])
+    file = big(tmp_path / name, *values) if name == "mixed.jsonl" else write(tmp_path / name, *values)
+    sound = load(path=str(file))
+    for arrow in (tmp_path / "runs" / ".cache" / "datasets").rglob("*.arrow"):
+        os.truncate(arrow, 100) if damage == "truncate" else arrow.unlink()
+    assert load(path=str(file)) == sound
+
+
+def test_json_errors_name_their_line(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"q": "1"}\n\n{"q": oops}\n')
+    with pytest.raises(DataError, match=r"cannot read .*x\.jsonl: line 3: not JSON: Expecting value \(column 7\)"):
+        load(path=str(tmp_path / "x.jsonl"))
+    (tmp_path / "y.jsonl").write_text('{"q": "1"}\n[1, 2]\n')
+    with pytest.raises(DataError, match=r"y\.jsonl: line 2: a row is an object in braces, not 1"):
+        load(path=str(tmp_path / "y.jsonl"))
+
+
+def test_a_file_named_twice_is_an_error(load: Load, tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", "1")
+    with pytest.raises(DataError, match="is named twice"):
+        load(path=[str(file), str(tmp_path / "*.jsonl")])
+
+
+def test_a_count_finds_a_column_that_is_not_there(recipe: Load, tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", "1")
+    with pytest.raises(DataError, match=r"data\.train: the data has no column 'question'; it has q, split"):
+        count_rows(recipe(path=str(file), source="{question}"))
+
+
 # Rows held out
 
 
@@ -236,8 +328,9 @@ def test_a_broken_file_among_whole_ones_is_named(load: Load, tmp_path: Path, nam
 def test_files_that_do_not_fit_together_are_an_error(load: Load, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("q,n\n1,2\n")
     (tmp_path / "b.csv").write_text("q,m\n1,2\n")
-    with pytest.raises(DataError, match=r"a\.csv, .*b\.csv do not fit together"):
-        load(path=str(tmp_path / "*.csv"))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"a\.csv, .*b\.csv do not fit together: b.csv has no column n; it has q, m"):
+            load(path=str(tmp_path / "*.csv"), target="{n}")
     write(tmp_path / "c.jsonl", "1")
     with pytest.raises(DataError, match="files of several kinds in one split"):
         load(path=[str(tmp_path / "a.csv"), str(tmp_path / "c.jsonl")])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from trainkit.cluster.hardware import worker_device
+from trainkit.data.files import globbed
 from trainkit.errors import DataError
 from trainkit.planning.facts import DataFacts
 from trainkit.planning.planner import Plan, make_plan
@@ -50,6 +51,6 @@ def _reached(read: Callable[[], Read], paths: list[str]) -> tuple[Read | None, s
     try:
         return read(), None
     except DataError as error:
-        if any(Path(path).exists() for path in paths):
+        if any(Path(path).exists() or globbed(path) for path in paths):
             raise
         return None, error.message

@@ -5,25 +5,29 @@ Three habits of its readers would change the data unseen and are kept out:
   under an old date is read anew;
 - texts that look like dates become timestamps ("2020-01-01" would be learned as "2020-01-01 00:00:00"); they stay text;
 - csv cells become numbers and words such as NA become null ("007" would be 7.0); here a cell is the text that stands there, an empty
-  one is null.
+  one is null, and a row with too many cells is an error.
 """
 
 from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from trainkit.data import jsonl
 from trainkit.errors import DataError
 
 READERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 ENDINGS = ", ".join(f".{ending}" for ending in READERS) + " (.gz too)"
 _HASHED_BYTES = 1 << 22
+_LONGEST_CELL = 1 << 30  # characters; Python's own limit is 131,072
+_OTHER_WAY = "other_way.json"  # in a cache folder: the files were not read at once; of JSON files it holds the columns
 
 
 def reader_of(file: Path) -> str | None:
@@ -49,25 +53,35 @@ def globbed(path: str) -> list[Path]:
     return sorted(Path(name) for name in found if Path(name).is_file())
 
 
-def read_files(files: Sequence[Path], cache: Path, key: str) -> Any:
-    """A datasets.Dataset of all rows, files in the given order. `key` is the recipe's key that asks for them.
+def read_files(files: Sequence[Path], cache: Path, key: str, wanted: Sequence[str] = ()) -> Any:
+    """A datasets.Dataset of all rows, files in the given order. `key` is the recipe's key that asks for them, `wanted` its columns.
 
-    Raises DataError for files of several kinds, an unreadable or broken one (named), files that do not fit together, and no rows at all.
+    Files may differ in columns that are not wanted. Raises DataError for files of several kinds, an unreadable or broken one (named),
+    files that do not fit together, and no rows at all.
     """
     kind = _kind(files, key)
     folder = cache / _content_hash(files, key)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            try:
+                return _read(kind, files, folder, wanted, fresh=False)
+            except Exception:  # what lies in the cache is damaged
+                shutil.rmtree(folder)
+                folder.mkdir(exist_ok=True)
     except OSError as error:
         raise DataError(f"run.storage_path: {cache}: the data cache cannot be written: {error.strerror}") from None
+    if kind == "csv":
+        for file in files:
+            _check_csv(file, key)
     try:
-        return _read(kind, files, folder)
+        return _read(kind, files, folder, wanted, fresh=True)
     except Exception as error:  # datasets wraps each reader's errors in its own
         if _says_empty(error):
             raise DataError(f"{key}: the data set is empty: {_names(files)} holds no rows") from None
-        file = _first_broken(kind, files, folder)
-        what = f"{_names(files)} do not fit together" if file is None else f"cannot read {file}"
-        raise DataError(f"{key}: {what}: {reason(error)}", file=str(file or files[0])) from None
+        if broken := _first_broken(kind, files, folder):
+            raise DataError(f"{key}: cannot read {broken[0]}: {reason(broken[1])}", file=str(broken[0])) from None
+        raise DataError(f"{key}: {_names(files)} do not fit together: {reason(error)}", file=str(files[0])) from None
 
 
 def reason(error: BaseException) -> str:
@@ -103,29 +117,97 @@ def _content_hash(files: Sequence[Path], key: str) -> str:
     return digest.hexdigest()
 
 
-def _read(kind: str, files: Sequence[Path], folder: Path) -> Any:
+def _read(kind: str, files: Sequence[Path], folder: Path, wanted: Sequence[str], fresh: bool) -> Any:
+    """All files at once by the reader of datasets; where it refuses them, another way, which is marked in the cache folder."""
+    if not (folder / _OTHER_WAY).exists():
+        try:
+            return _at_once(kind, files, folder)
+        except Exception as error:
+            if not fresh or _says_empty(error) or (kind != "json" and len(files) == 1):
+                raise
+    return _as_written(files, folder) if kind == "json" else _one_by_one(kind, files, folder, wanted)
+
+
+def _at_once(kind: str, files: Sequence[Path], folder: Path) -> Any:
     import datasets
 
     more: dict[str, Any] = {}
     if kind == "csv":
-        more = {"features": _text_columns(files[0]), "keep_default_na": False, "na_values": [""]}
+        more = {"features": _text_columns(files[0]), "keep_default_na": False, "na_values": [""], "index_col": False}
     paths = [glob.escape(str(file)) for file in files]  # datasets reads a path as a glob
     rows = datasets.load_dataset(kind, data_files={"rows": paths}, split="rows", cache_dir=str(folder), **more)
     if kind != "json":
         return rows
     as_text = _dates_as_text(rows.features)
-    if as_text == rows.features:
-        return rows
-    return datasets.Dataset.from_generator(
-        _json_rows, features=datasets.Features(as_text), cache_dir=str(folder), gen_kwargs={"files": [str(file) for file in files]}
-    )
+    return rows if as_text == rows.features else _generated(files, folder, as_text)
+
+
+def _as_written(files: Sequence[Path], folder: Path) -> Any:
+    import datasets
+
+    mark = folder / _OTHER_WAY
+    if mark.exists():
+        return _generated(files, folder, datasets.Features.from_dict(json.loads(mark.read_text())))
+    features = datasets.Features(jsonl.merged_features([str(file) for file in files]))
+    rows = _generated(files, folder, features)
+    mark.write_text(json.dumps(features.to_dict()))
+    return rows
+
+
+def _generated(files: Sequence[Path], folder: Path, features: Any) -> Any:
+    import datasets
+
+    found = {"files": [str(file) for file in files], "columns": tuple(features)}
+    return datasets.Dataset.from_generator(jsonl.rows_of, features=datasets.Features(features), cache_dir=str(folder), gen_kwargs=found)
+
+
+def _one_by_one(kind: str, files: Sequence[Path], folder: Path, wanted: Sequence[str]) -> Any:
+    """The wanted columns of each file, one after the other; raises ValueError for a file that lacks one."""
+    import datasets
+
+    parts = {}
+    for number, file in enumerate(files):
+        try:
+            parts[file] = _at_once(kind, [file], folder / str(number))
+        except Exception as error:
+            if not _says_empty(error):
+                raise
+    kept = [column for column in (*wanted, "attention_mask") if all(column in part.column_names for part in parts.values())]
+    for file, part in parts.items():
+        if lacking := [column for column in wanted if column not in part.column_names]:
+            raise ValueError(f"{file.name} has no column {lacking[0]}; it has {', '.join(part.column_names)}")
+    rows = datasets.concatenate_datasets([part.select_columns(kept) for part in parts.values()])
+    (folder / _OTHER_WAY).write_text("{}")
+    return rows
 
 
 def _text_columns(file: Path) -> Any:
+    """Columns of a csv file; one without a name is named as pandas does."""
     import datasets
 
-    with _opened(file) as stream:
-        return datasets.Features({name: datasets.Value("string") for name in next(csv.reader(stream))})
+    with jsonl.opened(file) as stream:
+        header = next(csv.reader(stream))
+    return datasets.Features({name or f"Unnamed: {place}": datasets.Value("string") for place, name in enumerate(header)})
+
+
+def _check_csv(file: Path, key: str) -> None:
+    """Raises DataError, naming the line, for two columns of one name and for a row with more cells than there are columns.
+
+    pandas would take the first of the two, and would make an index of the first cells, so that all columns shift.
+    """
+    csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with jsonl.opened(file) as stream:
+            rows = csv.reader(stream)
+            header = next(rows, [])
+            if twice := [name for name, times in Counter(header).items() if name and times > 1]:
+                raise DataError(f"{key}: {file}:1: the column {twice[0]} stands twice: rename one", file=str(file))
+            for row in rows:
+                if len(row) > len(header):
+                    cells = f"{len(row)} cells in a row, and the header names {len(header)} columns"
+                    raise DataError(f"{key}: {file}:{rows.line_num}: {cells}: quote a cell that holds a comma", file=str(file))
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{key}: cannot read {file}: {reason(error)}", file=str(file)) from None
 
 
 def _dates_as_text(feature: Any) -> Any:
@@ -140,34 +222,17 @@ def _dates_as_text(feature: Any) -> Any:
     return datasets.Value("string") if is_date else feature
 
 
-def _json_rows(files: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows as Python's json reads them: one object a line, or one list of objects."""
-    for file in files:
-        with _opened(Path(file)) as stream:
-            start = stream.readline()
-            if start.lstrip().startswith("["):
-                yield from json.loads(start + stream.read())
-            else:
-                yield from (json.loads(line) for line in (start, *stream) if line.strip())
-
-
-def _opened(file: Path) -> IO[str]:
-    """As text; utf-8-sig leaves out the mark that some editors put first."""
-    zipped = file.suffix.lower() == ".gz"
-    return gzip.open(file, "rt", encoding="utf-8-sig") if zipped else file.open(encoding="utf-8-sig", newline="")
-
-
 def _says_empty(error: BaseException) -> bool:
     """How the readers put it that there are no rows."""
     return isinstance(error, StopIteration) or "corresponds to no data" in str(error)
 
 
-def _first_broken(kind: str, files: Sequence[Path], folder: Path) -> Path | None:
-    """The first file that cannot be read by itself."""
-    for file in files:
+def _first_broken(kind: str, files: Sequence[Path], folder: Path) -> tuple[Path, Exception] | None:
+    """The first file that cannot be read by itself, and why."""
+    for number, file in enumerate(files):
         try:
-            _read(kind, [file], folder)
+            _read(kind, [file], folder / f"alone-{number}", (), fresh=True)
         except Exception as error:
             if not _says_empty(error):
-                return file
+                return file, error
     return None

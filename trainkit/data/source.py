@@ -17,6 +17,7 @@ import numpy as np
 from trainkit.data.files import ENDINGS, READERS, globbed, is_pattern, read_files, reader_of, reason, stem_of
 from trainkit.data.hub import hub_is_reached, no_hub
 from trainkit.data.order import combine, permute
+from trainkit.data.templates import check_columns, columns_of
 from trainkit.errors import DataError
 from trainkit.planning.facts import DataFacts
 from trainkit.recipe.schema import Recipe
@@ -51,10 +52,14 @@ def load_rows(recipe: Recipe) -> Rows:
 def count_rows(recipe: Recipe) -> DataFacts:
     """Rows to train on and to evaluate on, without tokenizing; of a hub set without downloading it.
 
-    A count that the hub does not tell is None. Raises DataError as load_rows does, with the fact hub=True where only the hub is missing.
+    A count that the hub does not tell is None. Raises DataError as load_rows does, with the fact hub=True where only the hub is missing,
+    and for local data that lacks a column of the recipe's.
     """
     if not isinstance(recipe.data.path, str) or _is_local(recipe.data.path) or Path(recipe.data.train).is_file():
         rows = load_rows(recipe)
+        for split, part in (("train", rows.train), ("eval", rows.eval)):
+            if part is not None:
+                check_columns(columns_of(recipe), part.column_names, f"data.{split}")
         return DataFacts(len(rows.train), None if rows.eval is None else len(rows.eval))
     _quiet()
     builder = _from_hub(recipe, "load_dataset_builder")
@@ -90,7 +95,7 @@ def _quiet() -> None:
 def _load(recipe: Recipe, wanted: str, key: str) -> Any:
     path = recipe.data.path
     if Path(wanted).is_file():
-        rows = read_files([Path(wanted)], _cache(recipe), key)
+        rows = read_files([Path(wanted)], _cache(recipe), key, columns_of(recipe))
     elif isinstance(path, str) and not _is_local(path):
         rows = _from_hub(recipe, "load_dataset", split=wanted)
     else:
@@ -122,9 +127,9 @@ def _local_part(recipe: Recipe, wanted: str, key: str) -> Any:
     if isinstance(path, str) and Path(path).is_dir() and _is_saved(Path(path)):
         whole = _from_disk(Path(path), split, key)
     elif isinstance(path, str) and Path(path).is_dir():
-        whole = read_files(_files_of_split(Path(path), split, key), _cache(recipe), key)
+        whole = read_files(_files_of_split(Path(path), split, key), _cache(recipe), key, columns_of(recipe))
     else:
-        whole = read_files(_named_files(path, split, key), _cache(recipe), key)
+        whole = read_files(_named_files(path, split, key), _cache(recipe), key, columns_of(recipe))
     if part is None:
         return whole
     first, end = _bounds(f"rows{part}", len(whole), wanted, key)
@@ -183,6 +188,8 @@ def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
 
 def _once(files: list[Path], key: str) -> list[Path]:
     for file in files:
+        if files.count(file) > 1:
+            raise DataError(f"{key}: {file} is named twice, and its rows would count twice: name it once")
         if file.suffix == ".gz" and file.with_suffix("") in files:
             raise DataError(f"{key}: {file} and {file.with_suffix('').name} are the same rows twice: remove one of them")
     return files
