@@ -69,6 +69,20 @@ def test_the_ids_are_the_chat_templates_own(make: Make, template: str) -> None:
     assert [token for token in rows_of(prepare(recipe).train, "labels")[0] if token == END] == [END, END]
 
 
+NEVER_EMPTY = "{% if messages[0].role == 'system' %}{% endif %}" + PLAIN
+NO_CONTENT_FIRST = "{% for m in messages %}{{ 'said' if loop.first else m.content }}<|end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED, NEVER_EMPTY])
+def test_a_conversation_may_begin_with_the_assistant(make: Make, template: str) -> None:
+    end = "<|end|>" if template == MARKED else "<|end|>\n"
+    assert learned(make(template, [{"chat": CHAT[2:]}, {"chat": CHAT[2:3]}], messages="chat")) == [f"yo{end}|so{end}", f"yo{end}"]
+
+
+def test_a_first_turn_whose_words_are_not_shown_is_learned_as_it_stands(make: Make) -> None:
+    assert learned(make(NO_CONTENT_FIRST, [{"chat": CHAT[2:3]}], messages="chat")) == ["said<|end|>"]
+
+
 def test_templates_of_turns_make_a_conversation(make: Make) -> None:
     turns = [{"role": "system", "content": "be {tone}"}, {"role": "user", "content": "{q}"}, {"role": "assistant", "content": "{a}"}]
     recipe = make(PLAIN, [{"q": "hi", "a": "yo", "tone": "brief"}], messages=turns)

@@ -80,7 +80,7 @@ def test_a_plan_finds_a_column_that_local_data_lacks(path: str, tmp_path: Path, 
     changes = {"data.path": path.format(tmp_path), "data.eval": "null", "data.source": "'{qestion}'", "data.target": "'{answer}'"}
     changes |= {"train.metrics": "[]", "train.metric_for_best_model": "null", "train.load_best_model_at_end": "false"}
     options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
-    assert call("plan", QUICKSTART, "--runs", str(tmp_path / "runs"), *options) == 2
+    assert call("plan", QUICKSTART, "--set", f"run.storage_path={tmp_path}/runs", *options) == 2
     assert "the data has no column 'qestion'; it has question, answer. Did you mean 'question'?" in capsys.readouterr().err
 
 

@@ -45,7 +45,7 @@ def test_the_longer_sentence_of_a_pair_is_cut(make: Make) -> None:
 
 
 def test_a_single_sentence_has_no_token_types(make: Make) -> None:
-    prepared = prepare(make("classification", [{"a": "x", "l": 0}], "pair", source="{a}", target="l"))
+    prepared = prepare(make("classification", [{"a": "x", "l": 0}, {"a": "x", "l": 1}], "pair", source="{a}", target="l"))
     assert TokenArrays.open(prepared.train).columns == ["input_ids", "labels"]
 
 
@@ -106,6 +106,12 @@ def test_a_class_label_keeps_its_numbers_and_names(make: Make, tmp_path: Path) -
 def test_labels_that_are_no_classes_are_an_error(make: Make, first: Any, label: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
         prepare(make("classification", [{"a": "x", "l": first}, {"a": "x", "l": label}], source="{a}", target="l"))
+
+
+@pytest.mark.parametrize("labels", [[1, 1], ["yes"]])
+def test_a_single_class_is_an_error(make: Make, labels: list[Any]) -> None:
+    with pytest.raises(DataError, match=rf"data\.target: column l holds only '{labels[0]}': classification learns to tell two"):
+        prepare(make("classification", [{"a": "x", "l": label} for label in labels], source="{a}", target="l"))
 
 
 def test_mrpc_is_read_as_pairs(shared: Path, tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def test_ready_rows_are_taken_as_they_are(make: Make) -> None:
         ({"input_ids": [1, 2, -1]}, "negative token ids"),
         ({"input_ids": []}, "no list of token ids"),
         ({"attention_mask": [1, 1, 0]}, "without padding"),
+        ({"input_ids": [1, 2, 999999]}, "token id 999999, and the model has 262, from 0 to 261"),
+        ({"labels": [1, 2, 262]}, "token id 262, and the model has 262"),
         ({"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, 4, 5]}, "over the recipe's limit of 4"),
     ],
 )
@@ -145,6 +147,12 @@ def test_ready_rows_that_cannot_be_trained_name_their_row(make: Make, row: dict[
     good = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1]}
     with pytest.raises(DataError, match=f"row 1: .*{said}"):
         prepare(make("causal", [good, good | row], max_length=4))
+
+
+def test_ready_ids_may_fill_the_models_own_vocabulary(make: Make, tmp_path: Path) -> None:
+    recipe = make("causal", [{"input_ids": [261, 299], "labels": [261, 299]}])
+    transformers.GPT2Config(vocab_size=300).save_pretrained(tmp_path / "model-eos")
+    assert rows_of(prepare(recipe).train, "input_ids") == [[261, 299]]
 
 
 def test_ready_fractions_are_no_token_ids(make: Make) -> None:

@@ -19,6 +19,7 @@ Conversation = list[dict[str, Any]]
 Marked = tuple[list[int], list[bool]]  # token ids of a row, and which of them are learned
 
 _MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OTHER_WORDS = "0 other words 0"
 _WAY_OUT = "Write source and target instead, or give the template {% generation %} marks"
 
 
@@ -82,12 +83,20 @@ def _rendered(tokenizer: Any, conversation: Conversation, number: int) -> tuple[
     borders: list[str] = []
     for index, turn in enumerate(conversation):
         if turn["role"] == "assistant":
-            opened = _applied(tokenizer, conversation[:index], number, tokenize=False, add_generation_prompt=True)
+            opened = _opening(tokenizer, conversation, index, number)
             closed = _applied(tokenizer, conversation[: index + 1], number, tokenize=False)
             if not (closed.startswith(opened) and whole.startswith(closed)):
                 raise _no_border(number, "the chat template writes a turn otherwise once others follow it")
             borders += [opened, closed]
     return whole, borders
+
+
+def _opening(tokenizer: Any, conversation: Conversation, index: int, number: int) -> str:
+    """The text before an assistant turn's words. Templates refuse an empty conversation: there it is what they write before other words."""
+    if index:
+        return str(_applied(tokenizer, conversation[:index], number, tokenize=False, add_generation_prompt=True))
+    other = _applied(tokenizer, [{"role": "assistant", "content": _OTHER_WORDS}], number, tokenize=False)
+    return str(other).partition(_OTHER_WORDS)[0] if _OTHER_WORDS in other else ""
 
 
 def _no_border(number: int, why: str) -> DataError:

@@ -41,8 +41,10 @@ class Form:
     encode: Encode
 
 
-def form_of(recipe: Recipe, tokenizer: Any, label_names: Sequence[str] | None, present: Sequence[str] = ()) -> Form:
-    """`present`: the columns that the data has.
+def form_of(
+    recipe: Recipe, tokenizer: Any, label_names: Sequence[str] | None, present: Sequence[str] = (), vocabulary: int | None = None
+) -> Form:
+    """`present`: the columns that the data has. `vocabulary`: how many token ids there are; None: as many as the tokenizer has.
 
     Raises DataError for a template that cannot be read, a limit without room for a token, or a tokenizer that lacks what the form needs.
     """
@@ -50,7 +52,7 @@ def form_of(recipe: Recipe, tokenizer: Any, label_names: Sequence[str] | None, p
     if data.messages is not None:
         return _chat(recipe, tokenizer)
     if data.source is None and data.target is None:
-        return _ready(recipe, present)
+        return _ready(recipe, present, len(tokenizer) if vocabulary is None else vocabulary)
     if task == "classification":
         return _classification(recipe, tokenizer, label_names or [])
     if task == "seq2seq":
@@ -132,8 +134,8 @@ def _chat(recipe: Recipe, tokenizer: Any) -> Form:
     return Form(columns, encode)
 
 
-def _ready(recipe: Recipe, present: Sequence[str]) -> Form:
-    """Columns input_ids and labels as they are: integers, without padding, within a limit that the recipe names."""
+def _ready(recipe: Recipe, present: Sequence[str], vocabulary: int) -> Form:
+    """Columns input_ids and labels as they are: ids of the vocabulary, without padding, within a limit that the recipe names."""
     causal = recipe.model.task == "causal"
     most_ids = recipe.data.max_length if causal else recipe.data.max_source_length
     most_labels = recipe.data.max_length if causal else recipe.data.max_target_length
@@ -144,6 +146,8 @@ def _ready(recipe: Recipe, present: Sequence[str]) -> Form:
             ids, labels = _integers(row, "input_ids", most_ids, number), _integers(row, "labels", most_labels, number)
             if ids.min() < 0 or labels.min() < IGNORED or ((labels < 0) & (labels != IGNORED)).any():
                 raise DataError(f"row {number}: negative token ids; a label that is not learned is {IGNORED}", row=number)
+            if (most := max(ids.max(), labels.max())) >= vocabulary:
+                raise DataError(f"row {number}: token id {most}, and the model has {vocabulary}, from 0 to {vocabulary - 1}", row=number)
             if causal and len(labels) != len(ids):
                 raise DataError(f"row {number}: {len(ids)} input_ids but {len(labels)} labels; causal rows have as many", row=number)
             if mask and not all(row["attention_mask"] or [0]):

@@ -92,11 +92,13 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> Prepared:
     loaded = load_tokenizer(recipe)
     rows = load_rows(recipe)
     names = _label_names(recipe, rows) if recipe.model.task == "classification" else None
-    form = form_of(recipe, loaded.tokenizer, names, rows.train.column_names)
+    ready = recipe.data.source is None and recipe.data.target is None and recipe.data.messages is None
+    vocabulary = _vocabulary(recipe, loaded.tokenizer) if ready else None
+    form = form_of(recipe, loaded.tokenizer, names, rows.train.column_names, vocabulary)
     splits = {"train": rows.train} | ({} if rows.eval is None else {"eval": rows.eval})
     for split, part in splits.items():
         templates.check_columns(form.columns, part.column_names, f"data.{split}")
-    settings, total, done = _settings_key(recipe, loaded.tokenizer, names), sum(map(len, splits.values())), 0
+    settings, total, done = _settings_key(recipe, loaded.tokenizer, names, vocabulary), sum(map(len, splits.values())), 0
     folders, report = {}, {}
     for split, part in splits.items():
         part = part.select_columns(list(dict.fromkeys(form.columns)))
@@ -111,6 +113,17 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> Prepared:
         raise DataError("data.train: no row has a label to learn: the prompts fill the length limit, or no turn is an assistant's")
     notes = [note for note in (loaded.note, *_notes(report)) if note]
     return Prepared(folders["train"], folders.get("eval"), None if names is None else _shown_names(recipe, rows, names), notes, report)
+
+
+def _vocabulary(recipe: Recipe, tokenizer: Any) -> int:
+    """Token ids of the tokenizer, or of the model where it has more (a table padded to a round number)."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+    except Exception:  # a folder with a tokenizer alone; what is wrong with a model is said where it is loaded
+        return len(tokenizer)
+    return max(len(tokenizer), getattr(config.get_text_config(), "vocab_size", None) or 0)
 
 
 def _tokenize(part: Any, form: Form, folder: Path, progress: Progress | None, done: int, total: int) -> None:
@@ -153,7 +166,7 @@ def _label_names(recipe: Recipe, rows: Rows) -> list[str]:
     """Spellings of the classes over the whole set, in the order of their numbers.
 
     ClassLabel keeps its numbers. Integers, also written as text, are in the order of their values, so that 0..n-1 keep them; everything
-    else is sorted as text. Raises DataError for null, and for numbers with a fraction.
+    else is sorted as text. Raises DataError for null, for numbers with a fraction, and for a single class.
     """
     import datasets
 
@@ -166,12 +179,19 @@ def _label_names(recipe: Recipe, rows: Rows) -> list[str]:
     if isinstance(features[0], datasets.ClassLabel):
         if any(getattr(feature, "names", None) != features[0].names for feature in features):
             raise DataError(f"data.eval: the labels of column {label} have other names than those to train on")
-        return [str(number) for number in range(features[0].num_classes)]
+        return _several([str(number) for number in range(features[0].num_classes)], label)
     values = {value for part in parts for value in _values(part, label)}
     if any(isinstance(value, float) or (isinstance(value, str) and _FRACTION.fullmatch(value)) for value in values):
         raise DataError(f"data.target: column {label} holds numbers with a fraction; classification needs strings, integers or booleans")
     names = {str(value) for value in values}
-    return sorted(names, key=int) if all(_INTEGER.fullmatch(name) for name in names) else sorted(names)
+    return _several(sorted(names, key=int) if all(_INTEGER.fullmatch(name) for name in names) else sorted(names), label)
+
+
+def _several(names: list[str], label: templates.Field) -> list[str]:
+    if len(names) < 2:
+        only = f"only {names[0]!r}" if names else "no label"
+        raise DataError(f"data.target: column {label} holds {only}: classification learns to tell two or more classes apart")
+    return names
 
 
 def _values(part: Any, label: templates.Field) -> set[Any]:
@@ -193,13 +213,13 @@ def _shown_names(recipe: Recipe, rows: Rows, names: Sequence[str]) -> list[str]:
     return list(getattr(rows.train.features[label.column], "names", None) or names)
 
 
-def _settings_key(recipe: Recipe, tokenizer: Any, names: Sequence[str] | None) -> str:
+def _settings_key(recipe: Recipe, tokenizer: Any, names: Sequence[str] | None, vocabulary: int | None) -> str:
     data = recipe.data
     wording = [data.source, data.target, data.messages if isinstance(data.messages, str) else [m.model_dump() for m in data.messages or []]]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pieces = backend.to_str() if backend is not None else [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     special = [str(tokenizer.special_tokens_map), str(tokenizer.chat_template), tokenizer.truncation_side]
-    written = [FORMAT, recipe.model.task, wording, limits(recipe), names, pieces, special]
+    written = [FORMAT, recipe.model.task, wording, limits(recipe), names, pieces, special, vocabulary]
     return hashlib.sha256(json.dumps(written).encode()).hexdigest()
 
 
