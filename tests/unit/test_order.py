@@ -59,3 +59,13 @@ def test_hashes_of_parts_add_up_and_a_missing_sample_shows(ids: list[int], data:
 def test_positions_outside_are_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.\.9"):
         permute(np.array([10]), 10, 0)
+
+
+@pytest.mark.parametrize("rows", [1, 8191, 8192, 8193, 20_000])
+@pytest.mark.parametrize("samples", [1, 96, 8192, 10_000])
+def test_a_step_is_its_slice_of_the_epochs_order(rows: int, samples: int) -> None:
+    """Steps are cut from cached blocks of the order; where the blocks end must not show."""
+    steps = steps_per_epoch(rows, samples)
+    whole = permute(np.arange(rows), rows, combine(5, 1))
+    for index in {0, 1, steps // 2, steps - 1} & set(range(steps)):
+        assert np.array_equal(samples_of_step(5, rows, samples, steps + index + 1), whole[index * samples : (index + 1) * samples])

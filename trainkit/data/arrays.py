@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
+_LONG = 64  # mean length from which rows are copied one by one: below, finding them all at once is faster
 _PIECE = 1 << 22  # values or bytes that are converted or checked at once
 
 
@@ -41,6 +42,8 @@ class Ragged:
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(values of the rows end to end, length of each row)."""
         lengths = self.lengths(rows)
+        if len(rows) and lengths.sum() >= _LONG * len(rows):
+            return np.concatenate([self.row(row) for row in rows.tolist()]), lengths
         ends = np.cumsum(lengths)
         where = np.repeat(self.offsets[rows] - ends + lengths, lengths) + np.arange(lengths.sum())
         return self.values[where], lengths

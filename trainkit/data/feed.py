@@ -22,8 +22,9 @@ from trainkit.units import MIB, format_seconds
 
 IGNORED_LABEL = -100
 AHEAD_BYTES = 64 * MIB  # of padded tensors that wait for use; at least one step
+AHEAD_STEPS = 64
 CALL_BYTES = 1 * MIB  # of one answer of the distributor: large enough to pay for the call, small enough to come soon
-MOST_STEPS_PER_CALL = 64
+MOST_STEPS_PER_CALL = 32
 CALLS_AHEAD = 2
 NOTICE_SECONDS = 20.0  # a wait that is said
 STUCK_SECONDS = 300.0  # a wait that ends the run, long before the collectives of the other ranks give up
@@ -145,7 +146,7 @@ _Item = tuple[StepBatch, "torch.cuda.Event | None"] | BaseException
 
 
 class _Ahead:
-    """Steps that wait for the loop, bounded by their bytes. One thread puts, one takes."""
+    """Steps that wait for the loop, bounded by their bytes and their number. One thread puts, one takes."""
 
     def __init__(self, most_bytes: int):
         self.most_bytes, self.waiting_bytes, self.closed = most_bytes, 0, False
@@ -154,8 +155,12 @@ class _Ahead:
 
     def put(self, item: _Item, num_bytes: int) -> None:
         """Waits until there is room; anything goes into an empty queue, nothing into a closed one."""
+
+        def room() -> bool:
+            return not self.items or (self.waiting_bytes + num_bytes <= self.most_bytes and len(self.items) < AHEAD_STEPS)
+
         with self.changed:
-            self.changed.wait_for(lambda: self.closed or not self.items or self.waiting_bytes + num_bytes <= self.most_bytes)
+            self.changed.wait_for(lambda: self.closed or room())
             if not self.closed:
                 self.items.append((item, num_bytes))
                 self.waiting_bytes += num_bytes
@@ -235,22 +240,20 @@ class Padding:
         rows, source, target = wire.shape
         values, lengths = wire.columns["input_ids"]
         labels, label_lengths = wire.columns["labels"]
-        input_ids = rectangle(values, lengths, self.pad_id, (rows, source), pin)
-        mask = rectangle(np.ones(len(values), np.int64), lengths, 0, (rows, source), pin)
-        input_ids[len(lengths) :, 0], mask[len(lengths) :, 0] = self.eos_id, 1
-        if self.task == "classification":
-            label_rows = rectangle(labels, label_lengths, IGNORED_LABEL, (rows, 1), pin)[:, 0].contiguous()
-        else:
-            label_rows = rectangle(labels, label_lengths, IGNORED_LABEL, (rows, target if self.task == "seq2seq" else source), pin)
-        types = wire.columns.get("token_type_ids")
         targets = self.task == "seq2seq"
+        real = _inside(lengths, (rows, source))
+        input_ids, mask = _filled(real, values, self.pad_id, pin), _filled(real, 1, 0, pin)
+        input_ids[len(lengths) :, 0], mask[len(lengths) :, 0] = self.eos_id, 1
+        learned = real if self.task == "causal" else _inside(label_lengths, (rows, target if targets else 1))
+        label_rows = _filled(learned, labels, IGNORED_LABEL, pin)
+        types = wire.columns.get("token_type_ids")
         return MicroBatch(
             index=wire.index,
             sample_ids=wire.sample_ids,
             input_ids=input_ids,
             attention_mask=mask,
-            labels=label_rows,
-            token_type_ids=None if types is None else rectangle(*types, 0, (rows, source), pin),
+            labels=label_rows if self.task != "classification" else label_rows[:, 0].contiguous(),
+            token_type_ids=None if types is None else _filled(real, types[0], 0, pin),
             tokens=int(lengths.sum(dtype=np.int64) + (label_lengths.sum(dtype=np.int64) if targets else 0)),
             padded_tokens=input_ids.numel() + (label_rows.numel() if targets else 0),
         )
@@ -267,15 +270,15 @@ class Padding:
         positions = np.arange(len(values)) - np.repeat(ends - lengths, lengths)
         whole = np.diff(np.append(0, ends)[np.append(0, np.cumsum(packed, dtype=np.int64))])
         shape = wire.shape.rows, wire.shape.source
-        position_ids = rectangle(positions, whole, 0, shape, pin)
-        padding = np.arange(shape[1]) - whole[:, None]
-        position_ids.numpy()[padding >= 0] = padding[padding >= 0]
+        real = _inside(whole, shape)
+        position_ids = _filled(real, positions, 0, pin)
+        position_ids.numpy()[~real] = (np.arange(shape[1]) - whole[:, None])[~real]
         return MicroBatch(
             index=wire.index,
             sample_ids=wire.sample_ids,
-            input_ids=rectangle(values, whole, self.eos_id, shape, pin),
+            input_ids=_filled(real, values, self.eos_id, pin),
             attention_mask=None,
-            labels=rectangle(labels, whole, IGNORED_LABEL, shape, pin),
+            labels=_filled(real, labels, IGNORED_LABEL, pin),
             token_type_ids=None,
             tokens=len(values),
             padded_tokens=shape[0] * shape[1],
@@ -283,11 +286,20 @@ class Padding:
         )
 
 
-def rectangle(values: np.ndarray, lengths: np.ndarray, fill: int, shape: tuple[int, int] | None = None, pin: bool = False) -> torch.Tensor:
-    """Rows laid end to end become int64 [rows, width], filled at the right and below; without a shape as wide as the longest rounded up."""
-    rows, width = shape or (len(lengths), int(round_up(lengths).max(initial=0)))
-    out = torch.full((rows, width), fill, dtype=torch.int64, pin_memory=pin)
-    inside = np.zeros((rows, width), dtype=bool)
-    inside[: len(lengths)] = np.arange(width) < np.asarray(lengths)[:, None]
+def rectangle(values: np.ndarray, lengths: np.ndarray, fill: int) -> torch.Tensor:
+    """Rows laid end to end become int64 [rows, longest length rounded up], filled at the right."""
+    return _filled(_inside(lengths, (len(lengths), int(round_up(lengths).max(initial=0)))), values, fill)
+
+
+def _inside(lengths: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Where a rectangle holds values: bool [rows, width]; rows beyond the lengths hold none."""
+    inside = np.zeros(shape, dtype=bool)
+    inside[: len(lengths)] = np.arange(shape[1]) < np.asarray(lengths)[:, None]
+    return inside
+
+
+def _filled(inside: np.ndarray, values: np.ndarray | int, fill: int, pin: bool = False) -> torch.Tensor:
+    """int64: the values in order where they belong, `fill` elsewhere."""
+    out = torch.full(inside.shape, fill, dtype=torch.int64, pin_memory=pin)
     out.numpy()[inside] = values
     return out

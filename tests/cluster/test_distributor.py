@@ -1,0 +1,116 @@
+"""The DataDistributor as a Ray actor: killed while it serves, one on each node that sees the data."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from test_launch import environment, family, started
+
+from trainkit.data import distributor
+from trainkit.data.arrays import Writer
+from trainkit.data.batches import Budget
+from trainkit.data.distributor import DataDistributor, Feeding, make_distributors
+from trainkit.runs.folder import RunFolder
+
+STEPS = 120
+RUN = ["--set", f"train.max_steps={STEPS}", "--set", "data.eval=null", "--set", "train.metrics=[]", "--set", "batch.samples=32"]
+KILLS = 10
+
+
+def actors_in(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if any("DataDistributor" in word for word in process.cmdline())]
+
+
+def test_killing_the_actor_changes_nothing(tmp_path: Path) -> None:
+    """Losses, gradient norms and the hash of the trained samples are bit-identical to an undisturbed run's."""
+    left, killed_at = {}, []
+    for name, kills in (("undisturbed", 0), ("disturbed", KILLS)):
+        folder, rng = RunFolder(tmp_path / name / "it"), random.Random(0)
+        with started(tmp_path / name, RUN) as process:
+            for _ in range(kills):
+                (actor,) = _waited_for(lambda: actors_in(family(process)))
+                time.sleep(rng.uniform(0.0, 0.6))
+                actor.kill()
+                actor.wait(10)
+                killed_at.append(len(folder.read_steps()))
+            _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        left[name] = [(step["loss"], step["grad_norm"], step["lr"], step["order"]) for step in folder.read_steps()]
+    assert len(left["undisturbed"]) == STEPS and left["disturbed"] == left["undisturbed"]
+    assert any(0 < steps < STEPS for steps in killed_at), "some of it while it was training"
+
+
+def _waited_for(look, seconds: float = 60):  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def feeding(folder: Path, tokens: int = 50) -> dict[str, Feeding]:
+    rng = np.random.default_rng(tokens)
+    rows = [rng.integers(3, 400, rng.integers(1, tokens)).tolist() for _ in range(200)]
+    with Writer(folder) as writer:
+        writer.append({"input_ids": rows, "labels": rows}, [len(row) for row in rows])
+        writer.finish(truncated={})
+    return {"train": Feeding(str(folder), "causal", 7, 16, 2, Budget(tokens=512), shuffle=True)}
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[str]:
+    """The id of the node that is not the driver's."""
+    os.environ.update({"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"})
+    before = environment()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8, "include_dashboard": False})
+    other = cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+    yield other.node_id
+    ray.shutdown()
+    cluster.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_a_node_that_sees_the_data_has_an_actor_of_its_own(two_nodes: str, tmp_path: Path) -> None:
+    feedings = feeding(tmp_path / "tokens")
+    found = make_distributors(feedings)
+    assert set(found.of_node) == {two_nodes} and found.nearest() is found.of_driver
+    there, plain = found.of_node[two_nodes], DataDistributor(feedings)
+    for rank in range(2):
+        calls = [ray.get(actor.steps.remote("train", 3, 4, rank)) for actor in (there, found.of_driver)] + [
+            plain.steps("train", 3, 4, rank)
+        ]
+        assert all(np.array_equal(call.sample_ids, calls[0].sample_ids) for call in calls)
+        assert all(np.array_equal(call.columns["input_ids"][0], calls[0].columns["input_ids"][0]) for call in calls)
+
+
+@pytest.mark.parametrize("there", ["other content", "nothing"])
+def test_a_node_that_sees_something_else_is_served_by_the_drivers_actor(
+    two_nodes: str, tmp_path: Path, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = distributor.make_distributor
+    others = (
+        feeding(tmp_path / "other", 40)
+        if there == "other content"
+        else {"train": Feeding("/nowhere", "causal", 7, 16, 2, Budget(rows=1), True)}
+    )
+    monkeypatch.setattr(distributor, "make_distributor", lambda feedings, node=None: make(others if node else feedings, node))
+    assert make_distributors(feeding(tmp_path / "tokens")).of_node == {}
+
+
+def test_progress_is_counted_by_rank_and_names_the_slowest(two_nodes: str, tmp_path: Path) -> None:
+    actor = distributor.make_distributor(feeding(tmp_path / "tokens"))
+    ray.get([actor.steps.remote("train", 1, 8, 0), actor.steps.remote("train", 1, 2, 1)])
+    progress = ray.get(actor.get_progress.remote(1))
+    assert (progress["steps"], progress["steps_behind"], progress["slowest_rank"]) == (2, 6, 1)
+    assert ray.get(actor.get_progress.remote(0))["samples"] > progress["samples"] > 0 and ray.get(actor.doing.remote()) == "nothing"
