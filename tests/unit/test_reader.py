@@ -176,6 +176,11 @@ def test_a_learning_rate_is_a_finite_positive_number(folder: Path, number: str) 
         (["name=.x"], "cannot name a run folder"),
         (["name=a b"], "cannot name a run folder"),
         (["zero=3"], "write zero: zero3"),
+        (["zero=true"], "given true: write zero: zero3 (or"),
+        (["zero=false"], "given false: write zero: zero0"),
+        (["model.lora.rank=4"], "write model.lora.r: 4"),
+        (["run=!!python/object:os.system {}"], "the tag tag:yaml.org,2002:python/object:os.system is not read"),
+        (["batch.samples=!!int abc"], "batch.samples: int cannot be read from 'abc'"),
         (["zero=zero3_offlod"], "did you mean zero3_offload?"),
         (["data.path=[]"], "data.path"),
         (["data.source=question"], 'data.source: "question" names no column and would be the same in every row: did you mean {question}?'),
@@ -327,6 +332,11 @@ def test_set_is_checked_like_the_file(folder: Path) -> None:
     assert read_recipe(path, ["optimizer.lr=1", "optimizer.lr=2e-5"]).optimizer.lr == 2e-5
     assert read_recipe(path, ["zero.zero_optimization.stage=2"]).zero == {"zero_optimization": {"stage": 2}}
     assert read_recipe(write(folder, SEQ2SEQ + "scaling:\nzero: zero2\n"), ["scaling.num_workers=2", "zero=null"]).scaling.num_workers == 2
+
+
+def test_a_file_that_cannot_name_its_runs_is_told_to_say_a_name(folder: Path) -> None:
+    (fault,) = faults(write(folder, name="my recipe.yaml"))
+    assert fault.endswith("the file is named so, write name: my-recipe in it")
 
 
 def test_paths_that_exist_become_absolute(folder: Path) -> None:

@@ -56,6 +56,8 @@ def write(file: Path, *values: Any, split: str = "") -> Path:
     rows = [{"q": value, "split": split} for value in values]
     if kind == "parquet":
         datasets.Dataset.from_list(rows).to_parquet(str(file))
+        if file.suffix == ".gz":
+            file.write_bytes(gzip.compress(file.read_bytes()))
         return file
     text = "".join(json.dumps(row) + "\n" for row in rows) if kind == "jsonl" else json.dumps(rows)
     if kind == "csv":
@@ -67,7 +69,7 @@ def write(file: Path, *values: Any, split: str = "") -> Path:
 # Where rows come from
 
 
-@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet", "json.gz", "jsonl.gz", "csv.gz"])
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet", "json.gz", "jsonl.gz", "csv.gz", "parquet.gz"])
 def test_every_kind_of_file_is_read_alone_and_in_a_folder(load: Load, tmp_path: Path, ending: str) -> None:
     write(tmp_path / "d" / f"train.{ending}", "b", "a")
     write(tmp_path / "d" / f"validation.{ending}", "v")
@@ -314,7 +316,7 @@ def test_an_empty_file_among_others_is_no_error(load: Load, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "content"),
     [("b.jsonl", b'{"q": "1"}\n{"q": \n'), ("b.jsonl", os.urandom(300)), ("b.parquet", b"PAR1 no"), ("b.jsonl.gz", b"no"),
-     ("b.jsonl.gz", gzip.compress(b'{"q": "1"}\n')[:-5]), ("b.csv", b'q\n"open')],
+     ("b.parquet.gz", b"no"), ("b.jsonl.gz", gzip.compress(b'{"q": "1"}\n')[:-5]), ("b.csv", b'q\n"open')],
 )  # fmt: skip
 def test_a_broken_file_among_whole_ones_is_named(load: Load, tmp_path: Path, name: str, content: bytes) -> None:
     ending = name.partition(".")[2]

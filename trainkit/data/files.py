@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import gzip
 import hashlib
 import json
 import shutil
@@ -134,12 +135,27 @@ def _at_once(kind: str, files: Sequence[Path], folder: Path) -> Any:
     more: dict[str, Any] = {}
     if kind == "csv":
         more = {"features": _text_columns(files[0]), "keep_default_na": False, "na_values": [""], "index_col": False}
+    if kind == "parquet":
+        files = [_unpacked(file, folder) for file in files]
     paths = [glob.escape(str(file)) for file in files]  # datasets reads a path as a glob
     rows = datasets.load_dataset(kind, data_files={"rows": paths}, split="rows", cache_dir=str(folder), **more)
     if kind != "json":
         return rows
     as_text = _dates_as_text(rows.features)
     return rows if as_text == rows.features else _generated(files, folder, as_text)
+
+
+def _unpacked(file: Path, folder: Path) -> Path:
+    """A .parquet.gz unpacked into the cache folder: its readers jump to and fro in it."""
+    if file.suffix.lower() != ".gz":
+        return file
+    plain = folder / f"{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}.parquet"
+    if not plain.exists():
+        folder.mkdir(exist_ok=True)
+        with gzip.open(file) as packed, plain.with_suffix(".part").open("wb") as out:
+            shutil.copyfileobj(packed, out)
+        plain.with_suffix(".part").rename(plain)
+    return plain
 
 
 def _as_written(files: Sequence[Path], folder: Path) -> Any:

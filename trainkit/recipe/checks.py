@@ -124,6 +124,9 @@ def _fault_of(document: Document, path: KeyPath, absent: bool) -> Iterator[Fault
             yield document.fault(
                 path, f"is missing: {_lower(field.description or 'a section with ' + ', '.join(fields_of(field.annotation)))}"
             )
+    elif path == ("zero",) and isinstance(document.get(path), bool):
+        way_out = "zero: zero3 (or zero1, zero2, with _offload)" if document.get(path) else "zero: zero0, or leave it out"
+        yield document.fault(path, f"expected a name, a file or a mapping, given {shown(document.get(path))}: write {way_out}")
     elif path == ("zero",) and document.get(path) in (0, 1, 2, 3):
         yield document.fault(
             path, f"expected a name, a file or a mapping, given {document.get(path)}: write zero: zero{document.get(path):d}"

@@ -43,7 +43,9 @@ def combination_faults(view: View) -> None:
 def _name(view: View) -> None:
     name = view.value("name")
     if name is not MISSING and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
-        view.fault("name", f"{shown(name)} cannot name a run folder: letters, digits, '.', '_' and '-', not starting with '.'")
+        own = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")
+        way_out = "" if ("name",) in view.document.places else f"; the file is named so, write name: {own or 'mine'} in it"
+        view.fault("name", f"{shown(name)} cannot name a run folder: letters, digits, '.', '_' and '-', not starting with '.'{way_out}")
 
 
 def _paths(view: View) -> None:

@@ -64,6 +64,7 @@ _SAME_VALUE = {
     "world_size": "scaling.num_workers",
     "lora_r": "model.lora.r",
     "lora_rank": "model.lora.r",
+    "rank": "model.lora.r",
     "lora_alpha": "model.lora.lora_alpha",
     "lora_dropout": "model.lora.lora_dropout",
     "lora_target": "model.lora.target_modules",

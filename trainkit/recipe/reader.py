@@ -64,7 +64,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     _resolve_paths(document, path.absolute().parent)
     recipe, view = check_recipe(document)
     zero, zero_faults = check_zero(document.get(("zero",)), path, document)
-    faults = [*document.faults, *view.faults, *zero_faults]
+    unread = {(fault.file, fault.line, fault.key) for fault in document.faults if "cannot be read" in fault.message}
+    faults = [*document.faults, *(fault for fault in view.faults if (fault.file, fault.line, fault.key) not in unread), *zero_faults]
     if zero is not None:
         faults += contradictions_with(zero, view.value)
     if faults or recipe is None:
@@ -136,6 +137,10 @@ def _read_yaml(text: str, file: str) -> Document:
 def _value_of(node: yaml.Node, path: tuple[str, ...], document: Document) -> Any:
     if len(path) > _MOST_DEPTH:
         raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=node.start_mark)
+    if isinstance(node, yaml.CollectionNode) and node.tag not in (_TAG + "map", _TAG + "seq"):
+        document.faults.append(
+            Fault(document.file, node.start_mark.line + 1, ".".join(path), f"the tag {node.tag[:60]} is not read: delete it")
+        )
     if isinstance(node, yaml.MappingNode):
         return _mapping_of(node, path, document)
     if isinstance(node, yaml.SequenceNode):
