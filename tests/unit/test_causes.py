@@ -6,7 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
 
 from trainkit.cluster.causes import first_cause
@@ -50,6 +50,17 @@ def test_a_process_that_ray_saw_die_is_named(folder: RunFolder) -> None:
     died = WorkerGroupError("", {0: PEER_LOST, 2: ActorDiedError()})
     cause = first_cause(died, folder, 4)
     assert "the process of rank 2 ended" in cause.message and "Ray says: The actor died" in cause.message
+
+
+@pytest.mark.parametrize("death", [ActorDiedError(), OutOfMemoryError("Task was killed due to the node running low on memory.")])
+def test_a_death_that_ray_saw_in_a_health_check_is_one(folder: RunFolder, death: Exception) -> None:
+    """So Ray Train reports every process that is gone, without raising one from the other."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    gone = WorkerGroupError("", {1: WorkerHealthCheckFailedError("A worker health check failed.", death)})
+    cause = first_cause(gone, folder, 4)
+    assert "the process of rank 1 ended without an error of its own" in cause.message
+    assert "Ray says: " in cause.message and cause.facts["rank"] == 1
 
 
 def test_a_group_that_died_before_it_could_write_is_still_told(folder: RunFolder) -> None:

@@ -24,6 +24,7 @@ _PEER_LOST = (
     *("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket closed"),
     *("closed by remote peer", "ncclremoteerror", "nccl remote", "remote process exited", "communicator was aborted", "watchdog"),
 )
+_DEATHS = (RayActorError, exceptions.OutOfMemoryError, exceptions.NodeDiedError, exceptions.WorkerCrashedError)
 _NO_PLACE = "WorkerGroupStartupTimeoutError"  # Ray keeps the class to itself
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -53,7 +54,7 @@ def _worker_failures(failure: BaseException) -> dict[int, BaseException]:
 
 
 def _process_died(error: BaseException) -> bool:
-    return any(isinstance(link, RayActorError) for link in _chain(error))
+    return any(isinstance(link, _DEATHS) for link in _chain(error))
 
 
 def _lost_a_peer(error: WorkerError) -> bool:
@@ -138,5 +139,6 @@ def _chain(error: BaseException) -> list[BaseException]:
     following: Any = error
     while isinstance(following, BaseException) and following not in links:
         links.append(following)
-        following = getattr(following, "cause", None) or following.__cause__ or getattr(following, "_base_exc", None)
+        inner = (getattr(following, name, None) for name in ("cause", "__cause__", "_base_exc", "health_check_failure"))
+        following = next((link for link in inner if link is not None), None)
     return links
