@@ -11,6 +11,7 @@ Three habits of its readers would change the data unseen and are kept out:
 from __future__ import annotations
 
 import csv
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -63,18 +64,29 @@ def read_files(files: Sequence[Path], cache: Path, key: str, wanted: Sequence[st
     kind = _kind(files, key)
     folder = cache / _content_hash(files, key)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            try:
-                return _read(kind, files, folder, wanted, fresh=False)
-            except Exception:  # what lies in the cache is damaged
-                shutil.rmtree(folder)
-                folder.mkdir(exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second finds the rows read
+            return _from_cache(kind, files, folder, wanted) or _read_anew(kind, files, folder, key, wanted)
     except OSError as error:
         raise DataError(f"run.storage_path: {cache}: the data cache cannot be written: {error.strerror}") from None
+
+
+def _from_cache(kind: str, files: Sequence[Path], folder: Path, wanted: Sequence[str]) -> Any | None:
+    """The rows of an earlier read; None, and no cache, where there is none or it is damaged."""
+    if folder.exists():
+        try:
+            return _read(kind, files, folder, wanted, fresh=False)
+        except Exception:
+            shutil.rmtree(folder)
+    return None
+
+
+def _read_anew(kind: str, files: Sequence[Path], folder: Path, key: str, wanted: Sequence[str]) -> Any:
     if kind == "csv":
         for file in files:
             _check_csv(file, key)
+    folder.mkdir()  # after the check: rows that lie in the cache are not checked again
     try:
         return _read(kind, files, folder, wanted, fresh=True)
     except Exception as error:  # datasets wraps each reader's errors in its own
