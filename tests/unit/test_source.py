@@ -307,6 +307,13 @@ def test_an_empty_set_is_an_error(load: Load, tmp_path: Path, name: str, content
         load(path=str(tmp_path / name))
 
 
+def test_a_parquet_file_without_rows_is_empty_each_time(load: Load, tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"q": ["a"]}).select([]).to_parquet(tmp_path / "x.parquet")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"data\.train: the data set is empty"):
+            load(path=str(tmp_path / "x.parquet"))
+
+
 def test_an_empty_file_among_others_is_no_error(load: Load, tmp_path: Path) -> None:
     write(tmp_path / "d" / "a.jsonl")
     write(tmp_path / "d" / "b.jsonl", "1")

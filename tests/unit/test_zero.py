@@ -12,6 +12,7 @@ import pytest
 
 from trainkit.errors import RecipeError
 from trainkit.recipe import zero_keys as keys
+from trainkit.recipe.document import read_json
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import FOLDER, SHIPPED, contradictions, read_zero
@@ -187,6 +188,10 @@ def test_a_file_that_is_no_object_is_one_readable_fault(tmp_path: Path, text: st
     file = tmp_path / "z.json"
     file.write_text(text)
     assert str(file) in faults(str(file)) and len(faults(str(file)).splitlines()) == 1
+
+
+def test_objects_of_a_list_may_have_the_same_keys() -> None:
+    assert read_json('{"autotuning": {"x": [{"a": 1}, {"a": [2]}], "y": 1}}', "z.json").faults == []
 
 
 def test_a_name_that_is_nothing_has_its_nearest() -> None:

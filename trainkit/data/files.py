@@ -67,7 +67,8 @@ def read_files(files: Sequence[Path], cache: Path, key: str, wanted: Sequence[st
         cache.mkdir(parents=True, exist_ok=True)
         with folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second finds the rows read
-            return _from_cache(kind, files, folder, wanted) or _read_anew(kind, files, folder, key, wanted)
+            rows = _from_cache(kind, files, folder, wanted)
+            return _read_anew(kind, files, folder, key, wanted) if rows is None else rows
     except OSError as error:
         raise DataError(f"run.storage_path: {cache}: the data cache cannot be written: {error.strerror}") from None
 

@@ -111,7 +111,9 @@ def _note_json_lines(text: str, document: Document) -> None:
     tokens = [(match[1], text.count("\n", 0, match.start(1)) + 1) for match in _TOKEN.finditer(text)]
     stack: list[str | None] = []  # the key under which each open bracket stands; None inside lists and at the top
     key: str | None = None
+    lists = 0  # how many are open
     for (token, line), (following, _) in zip(tokens, [*tokens[1:], ("", 0)], strict=True):
+        lists += {"[": 1, "]": -1}.get(token, 0)
         if token in "{[":
             stack.append(key)
             key = None
@@ -119,7 +121,8 @@ def _note_json_lines(text: str, document: Document) -> None:
             stack.pop()
         elif following == ":":
             key = json.loads(token)
-            note_key(document, (*(outer for outer in stack if outer is not None), str(key)), line)
+            if not lists:  # the objects of a list may well have the same keys
+                note_key(document, (*(outer for outer in stack if outer is not None), str(key)), line)
         elif token == ",":
             key = None
 
