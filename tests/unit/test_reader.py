@@ -249,8 +249,8 @@ CHAT = SEQ2SEQ.replace("seq2seq", "causal").replace('  source: "{question}"\n  t
 @pytest.mark.parametrize(
     "turn, said",
     [
-        ("{role: asistant, content: '{a}'}", '8: data.messages.1.role: expected system, user or assistant, given "asistant" (did you mean'),
-        ("{role: assistant, contnt: '{a}'}", "8: data.messages.1.contnt: unknown key (did you mean data.messages.1.content?)"),
+        ("{role: assistants, content: '{a}'}", '8: data.messages.1.role: expected system, user or assistant, given "assistants" (did'),
+        ("{role: assistant, contents: '{a}'}", "8: data.messages.1.contents: unknown key (did you mean data.messages.1.content?)"),
         ("{role: assistant}", "8: data.messages.1.content: is missing: what is said, with columns in braces"),
         ("{role: assistant, content: 3}", "8: data.messages.1.content: expected text, given 3"),
         ("{role: assistant, content: '{a'}", "8: data.messages.1.content: '{a': '{' is no column in braces"),
@@ -261,7 +261,7 @@ CHAT = SEQ2SEQ.replace("seq2seq", "causal").replace('  source: "{question}"\n  t
 )
 def test_a_fault_in_a_turn_names_its_line(folder: Path, turn: str, said: str) -> None:
     found = faults(write(folder, CHAT.replace("batch:", f"    - {turn}\nbatch:", 1)))
-    assert any(fault.startswith(f"wish.yaml:{said}") for fault in found) and len(found) == 1 + ("contnt" in turn)
+    assert any(fault.startswith(f"wish.yaml:{said}") for fault in found) and len(found) == 1 + ("contents" in turn)
 
 
 def test_faults_of_all_turns_come_at_once(folder: Path) -> None:

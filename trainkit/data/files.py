@@ -159,7 +159,7 @@ def _at_once(kind: str, files: Sequence[Path], folder: Path) -> Any:
 
 
 def _unpacked(file: Path, folder: Path) -> Path:
-    """A .parquet.gz unpacked into the cache folder: its readers jump to and fro in it."""
+    """A .parquet.gz unpacked into the cache folder: its readers need places to jump to."""
     if file.suffix.lower() != ".gz":
         return file
     plain = folder / f"{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}.parquet"
