@@ -90,7 +90,7 @@ def _build_operators(nodes: Sequence[Node], asked: Launch, display: Display) -> 
     waiting, began = list(tasks), time.monotonic()
     with display:
         while waiting:
-            display.show(View("compiling DeepSpeed's operators, once per machine,", time.monotonic() - began))
+            display.show(View("preparing DeepSpeed's operators, compiled once per machine,", time.monotonic() - began))
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_LOOK_SECONDS)
     for task, node in tasks.items():
         _check_built(task, node, names, _log(logs, node))
