@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from test_launch import environment, family, started
 
 from trainkit.data import distributor
-from trainkit.data.arrays import Writer
+from trainkit.data.arrays import Writer, ragged
 from trainkit.data.batches import Budget
 from trainkit.data.distributor import DataDistributor, Feeding, make_distributors
 from trainkit.runs.folder import RunFolder
@@ -61,7 +61,7 @@ def feeding(folder: Path, tokens: int = 50) -> dict[str, Feeding]:
     rng = np.random.default_rng(tokens)
     rows = [rng.integers(3, 400, rng.integers(1, tokens)).tolist() for _ in range(200)]
     with Writer(folder) as writer:
-        writer.append({"input_ids": rows, "labels": rows}, [len(row) for row in rows])
+        writer.append({"input_ids": ragged(rows), "labels": ragged(rows)}, np.array([len(row) for row in rows]))
         writer.finish(truncated={})
     return {"train": Feeding(str(folder), "causal", 7, 16, 2, Budget(tokens=512), shuffle=True)}
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainkit.data.arrays import TokenArrays, Writer, holds, read_manifest
+from trainkit.data.arrays import TokenArrays, Writer, holds, ragged, read_manifest
 
 ROWS = st.lists(st.lists(st.integers(-100, 70_000), max_size=9), min_size=1, max_size=12)
 
@@ -19,7 +19,7 @@ def written(folder: Path, rows: list[list[int]], chunk: int = 5) -> TokenArrays:
     with Writer(folder) as writer:
         for first in range(0, len(rows), chunk):
             part = rows[first : first + chunk]
-            writer.append({"input_ids": part, "labels": part}, [len(row) for row in part])
+            writer.append({"input_ids": ragged(part), "labels": ragged(part)}, np.array([len(row) for row in part]))
         writer.finish(truncated={})
     return TokenArrays.open(folder)
 
@@ -53,7 +53,7 @@ def test_arrays_are_mapped_not_read(tmp_path: Path) -> None:
 
 def test_what_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "key") as writer:
-        writer.append({"input_ids": [[1]], "labels": [[1]]}, [1])
+        writer.append({"input_ids": ragged([[1]]), "labels": ragged([[1]])}, np.array([1]))
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -95,7 +95,7 @@ def test_a_manifest_that_says_nothing_is_no_manifest(tmp_path: Path, text: str) 
 
 def test_the_first_of_two_writers_stays(tmp_path: Path) -> None:
     with Writer(tmp_path / "key") as late:
-        late.append({"input_ids": [[9]], "labels": [[9]]}, [1])
+        late.append({"input_ids": ragged([[9]]), "labels": ragged([[9]])}, np.array([1]))
         written(tmp_path / "key", [[1]])
         late.finish()
     assert TokenArrays.open(tmp_path / "key").column("labels").row(0).tolist() == [1]

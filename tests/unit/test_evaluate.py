@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from trainkit.data.arrays import TokenArrays, Writer
+from trainkit.data.arrays import TokenArrays, Writer, ragged
 from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.inference import evaluate, predict
 from trainkit.inference.evaluate import Rank, evaluate_loss, evaluate_metrics
@@ -77,7 +77,7 @@ def arrays_of(folder: Path, task: str, rows: int = 23) -> TokenArrays:
         "classification": {"input_ids": ids, "labels": classes, "token_type_ids": types},
     }[task]
     with Writer(folder) as writer:
-        writer.append(columns, [1] * rows)
+        writer.append({name: ragged(column) for name, column in columns.items()}, np.ones(rows, np.int32))
         writer.finish()
     return TokenArrays.open(folder)
 
@@ -205,7 +205,7 @@ def test_a_model_that_knows_the_answers_scores_one(tmp_path: Path, tokenizer: An
     with Writer(tmp_path / "known") as writer:
         rows = [a + b for a, b in zip(prompts, answers, strict=True)]
         labels = [[-100] * len(a) + b for a, b in zip(prompts, answers, strict=True)]
-        writer.append({"input_ids": rows, "labels": labels}, [2] * 3)
+        writer.append({"input_ids": ragged(rows), "labels": ragged(labels)}, np.array([2] * 3))
         writer.finish()
     shape = SHAPE | {"hidden_size": 64, "num_key_value_heads": 4, "eos_token_id": 1, "bos_token_id": None}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
@@ -224,7 +224,7 @@ def test_a_model_that_knows_the_answers_scores_one(tmp_path: Path, tokenizer: An
 def test_a_chat_is_asked_for_its_first_answer(tmp_path: Path, tokenizer: Any, model_of: Any) -> None:
     with Writer(tmp_path / "chat") as writer:
         rows, labels = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7]], [[-100, -100, 7, 8, -100, 10, 11], [5, 6, 7]]
-        writer.append({"input_ids": rows, "labels": labels}, [4, 2])
+        writer.append({"input_ids": ragged(rows), "labels": ragged(labels)}, np.array([4, 2]))
         writer.finish()
     _, examples = measured(model_of("causal"), "causal", TokenArrays.open(tmp_path / "chat"), tokenizer, ["exact_match"])
     assert [(one["source"], one["expected"]) for one in examples] == [("w5 w6", "w7 w8"), ("w5", "w6 w7")]

@@ -14,7 +14,9 @@ import tiny_tokenizers
 import transformers
 from tiny_tokenizers import recipe_over, rows_of
 
+from trainkit.data import chunks
 from trainkit.data.tokens import Prepared, prepare
+from trainkit.errors import DataError
 from trainkit.recipe.schema import Recipe
 
 Make = Callable[..., Recipe]
@@ -108,3 +110,24 @@ def test_two_preparations_at_once_agree(make: Make) -> None:
         one, other = pool.map(_prepare, [recipe, recipe], chunksize=1)
     assert one == other == prepare(recipe)
     assert len(list(Path(one.train).parent.iterdir())) == 2
+
+
+def test_processes_give_the_same_tokens_as_one(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"q": f"x{number} y", "s": "y" * (number % 5)} for number in range(50)]
+    alone = prepare(make("seq2seq", rows, **FORM))
+    before = [rows_of(folder, name) for folder in (alone.train, alone.eval) for name in ("input_ids", "labels")]
+    shutil.rmtree(alone.train)
+    monkeypatch.setattr(chunks, "PARALLEL_ROWS", 20)
+    monkeypatch.setattr(chunks, "CHUNK", 3)
+    again = prepare(make("seq2seq", rows, **FORM))
+    assert again == alone
+    assert [rows_of(folder, name) for folder in (again.train, again.eval) for name in ("input_ids", "labels")] == before
+
+
+def test_a_fault_in_a_process_names_its_row_and_leaves_nothing(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "PARALLEL_ROWS", 20)
+    monkeypatch.setattr(chunks, "CHUNK", 3)
+    rows = [{"q": None if number == 31 else "x", "s": "y"} for number in range(50)]
+    with pytest.raises(DataError, match="row 31"):
+        prepare(make("seq2seq", rows, **FORM | {"eval": None}))
+    assert list((tmp_path / "runs" / ".cache" / "tokens").glob("*")) == []

@@ -17,7 +17,7 @@ import pytest
 import transformers
 from tiny_tokenizers import EOS, PAD, counted, ids, recipe_of, recipe_over, rows_of
 
-from trainkit.data import tokens
+from trainkit.data import chunks
 from trainkit.data.tokens import TokenArrays, load_tokenizer, prepare
 from trainkit.errors import DataError
 from trainkit.recipe.schema import Recipe
@@ -207,7 +207,7 @@ def test_chunks_do_not_show(make: Make, monkeypatch: pytest.MonkeyPatch) -> None
     whole = prepare(recipe)
     before = [rows_of(whole.train, name) for name in ("input_ids", "labels")]
     shutil.rmtree(whole.train)
-    monkeypatch.setattr(tokens, "CHUNK", 4)
+    monkeypatch.setattr(chunks, "CHUNK", 4)
     assert [rows_of(prepare(recipe).train, name) for name in ("input_ids", "labels")] == before
 
 

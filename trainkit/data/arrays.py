@@ -84,6 +84,13 @@ class TokenArrays:
         return np.load(self.folder / name, mmap_mode="r")
 
 
+def ragged(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(values end to end, lengths) of rows, each in the smallest type that holds it."""
+    values = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    return values.astype(_smallest_type(int(values.min(initial=0)), int(values.max(initial=0)))), lengths.astype(np.uint32)
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest if every file that it names has its size; None for a folder that is missing, torn or truncated."""
     try:
@@ -133,19 +140,17 @@ class Writer:
             stream.close()
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def append(self, columns: Mapping[str, Sequence[Sequence[int]]], label_tokens: Sequence[int]) -> None:
-        """One chunk of rows: per column a list of rows. Every chunk has the same columns."""
-        for name, rows in columns.items():
-            values = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
-            lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    def append(self, columns: Mapping[str, tuple[np.ndarray, np.ndarray]], label_tokens: np.ndarray) -> None:
+        """One chunk of rows: per column the values of all rows end to end, and each row's length. Every chunk has the same columns."""
+        for name, (values, lengths) in columns.items():
             low, high = self.bounds.get(name, (0, 0))
             self.bounds[name] = min(low, int(values.min(initial=0))), max(high, int(values.max(initial=0)))
             self.longest[name] = max(self.longest.get(name, 0), int(lengths.max(initial=0)))
             self._stream(f"{name}.values", values)
             self._stream(f"{name}.lengths", lengths)
-        counted = np.asarray(label_tokens, dtype=np.int64)
-        self._stream("label_tokens", counted)
-        for name, number in (("rows", len(counted)), ("label_tokens", counted.sum()), ("unlabelled", (counted == 0).sum())):
+        self._stream("label_tokens", label_tokens)
+        counts = (("rows", len(label_tokens)), ("label_tokens", label_tokens.sum()), ("unlabelled", (label_tokens == 0).sum()))
+        for name, number in counts:
             self.sums[name] += int(number)
 
     def finish(self, **remembered: Any) -> None:
@@ -173,7 +178,7 @@ class Writer:
     def _stream(self, name: str, values: np.ndarray) -> None:
         if name not in self.streams:
             self.streams[name] = (self.work / f"{name}.raw").open("wb")
-        values.tofile(self.streams[name])
+        values.astype(np.int64).tofile(self.streams[name])
 
     def _convert(self, name: str, to: str, kind: np.dtype, summed: bool = False) -> int:
         """A raw file of int64 becomes <to>.npy, piece by piece; `summed` writes the running sum, with a 0 in front. Returns the count."""

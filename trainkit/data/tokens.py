@@ -15,27 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainkit.data import templates
+from trainkit.data import chunks, templates
 from trainkit.data.arrays import TokenArrays, Writer, holds
-from trainkit.data.encoding import Form, form_of, limits
-from trainkit.data.hub import hub_is_reached, no_hub
+from trainkit.data.chunks import Encoder, Spread
+from trainkit.data.encoding import form_of, limits
 from trainkit.data.source import Rows, load_rows
+from trainkit.data.tokenizer import LoadedTokenizer, load_tokenizer
 from trainkit.errors import DataError
 from trainkit.recipe.schema import Recipe
 
 __all__ = ["LoadedTokenizer", "Prepared", "SplitReport", "TokenArrays", "load_tokenizer", "prepare"]
 
 FORMAT = 2  # part of the cache's key: raise it when the same rows would be encoded otherwise
-CHUNK = 2000
 Progress = Callable[[int, int], None]
 _INTEGER = re.compile(r"0|-?[1-9]\d*")
 _FRACTION = re.compile(r"[+-]?\d*\.\d+(?:[eE][+-]?\d+)?")
-
-
-@dataclass(frozen=True)
-class LoadedTokenizer:
-    tokenizer: Any
-    note: str | None  # what had to be chosen
 
 
 @dataclass(frozen=True)
@@ -60,32 +54,8 @@ class Prepared:
     report: dict[str, SplitReport] = field(default_factory=dict)  # by train and eval
 
 
-def load_tokenizer(recipe: Recipe) -> LoadedTokenizer:
-    """The model's tokenizer with a pad token. Raises DataError when there is none to load."""
-    import transformers
-
-    local = Path(recipe.model.path).exists()
-    reached = local or hub_is_reached()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.model.path, revision=recipe.model.revision)
-    except Exception as error:  # each backend fails in its own way
-        if not reached:
-            raise DataError(no_hub("model.path", recipe.model.path), hub=True) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"model.path: {recipe.model.path}: no tokenizer can be read here: {reason}") from None
-    if tokenizer.pad_token_id is not None:
-        return LoadedTokenizer(tokenizer, None)
-    chosen = tokenizer.eos_token or tokenizer.unk_token
-    if chosen is None:
-        raise DataError(
-            f"model.path: {recipe.model.path}: the tokenizer has no pad, EOS or unknown token; set pad_token in its tokenizer_config.json"
-        )
-    tokenizer.pad_token = chosen
-    return LoadedTokenizer(tokenizer, f"the tokenizer has no pad token: {chosen!r} pads, masked by position")
-
-
-def prepare(recipe: Recipe, progress: Progress | None = None) -> Prepared:
-    """Tokenize what is not tokenized yet. `progress(done, total)` counts rows over both splits.
+def prepare(recipe: Recipe, progress: Progress | None = None, spread: Spread = chunks.here) -> Prepared:
+    """Tokenize what is not tokenized yet. `progress(done, total)` counts rows over both splits; `spread` says which processes encode.
 
     Raises DataError for everything wrong with data, templates and tokenizer, naming row and column where there is one.
     """
@@ -104,7 +74,7 @@ def prepare(recipe: Recipe, progress: Progress | None = None) -> Prepared:
         part = part.select_columns(list(dict.fromkeys(form.columns)))
         folder = Path(recipe.run.storage_path) / ".cache" / "tokens" / _content_key(part, settings)
         if not holds(folder):
-            _tokenize(part, form, folder, progress, done, total)
+            _tokenize(Encoder(recipe, part, names, vocabulary), spread, folder, progress, done, total)
         done += len(part)
         if progress is not None:
             progress(done, total)
@@ -126,17 +96,15 @@ def _vocabulary(recipe: Recipe, tokenizer: Any) -> int:
     return max(len(tokenizer), getattr(config.get_text_config(), "vocab_size", None) or 0)
 
 
-def _tokenize(part: Any, form: Form, folder: Path, progress: Progress | None, done: int, total: int) -> None:
+def _tokenize(encoder: Encoder, spread: Spread, folder: Path, progress: Progress | None, done: int, total: int) -> None:
     truncated: Counter[str] = Counter()
     try:
         with Writer(folder) as writer:
-            for first in range(0, len(part), CHUNK):
-                rows = part[first : first + CHUNK]
-                encoded = form.encode([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)], first)
-                truncated.update(encoded.truncated)
-                writer.append(encoded.columns, encoded.label_tokens)
+            for chunk in spread(encoder, range(0, len(encoder.part), chunks.CHUNK)):
+                truncated.update(chunk.truncated)
+                writer.append(chunk.columns, chunk.label_tokens)
                 if progress is not None:
-                    progress(done + first + len(encoded.label_tokens), total)
+                    progress(done + writer.sums["rows"], total)
             writer.finish(truncated=dict(truncated))
     except OSError as error:
         raise DataError(f"{folder.parent}: the token cache cannot be written: {error.strerror or error}") from None
