@@ -1,8 +1,8 @@
 """How the samples of one optimizer step become micro-batches: pure arithmetic on lengths.
 
 k, the number of micro-batches of a step, is the smallest multiple of the world size with which all fit the budget. Which samples stand
-together is a function of (lengths, k, budget) alone; a rank takes its share of the k. So layouts with equal k train identical
-micro-batches, whatever their world size and accumulation.
+together is a function of (lengths, k, budget, catalogue) alone; a rank takes its share of the k. So layouts with equal k train identical
+micro-batches, whatever their world size and accumulation. The shapes come from a catalogue of at most 64 (catalogue.py).
 """
 
 from __future__ import annotations
@@ -61,32 +61,116 @@ class Part(NamedTuple):
     packed: np.ndarray | None = None  # samples in each packed sequence, in order
 
 
-def compose(source: np.ndarray, target: np.ndarray, world_size: int, budget: Budget) -> list[Part]:
+@dataclass(frozen=True)
+class Catalogue:
+    """The shapes that micro-batches may have, and how samples are put in line for them."""
+
+    shapes: np.ndarray  # int64 [shapes, 3]: rows, source, target
+    edges: tuple[int, ...]  # upper bounds of the strips of source length, ascending
+    tail: int  # targets longer than this make a strip of their own
+    power: int  # of the costs whose sum is made least, a power of two: a high one wants little padding and equal costs alike
+
+    @property
+    def costs(self) -> np.ndarray:
+        return self.shapes[:, 0] * (self.shapes[:, 1] + self.shapes[:, 2])
+
+
+def compose(source: np.ndarray, target: np.ndarray, world_size: int, budget: Budget, catalogue: Catalogue | None = None) -> list[Part]:
     """Cut a step into k micro-batches.
 
-    source, target: lengths in tokens, one per sample of the step; target is all 0 where a row is one sequence.
+    source, target: lengths in tokens, one per sample of the step; target is all 0 where a row is one sequence. A budget of tokens needs a
+    catalogue that holds the longest of them; a budget of rows cuts evenly in order of length.
     Returns k parts, most expensive first; some hold no samples when there are fewer samples than k.
-    A sample longer than a token budget stands alone.
+    A sample longer than a token budget stands alone, padded to nothing.
     """
-    source, target = round_up(source), round_up(target)
-    by_length = np.lexsort((np.arange(len(source)), -source, -(source + target)))
-    sizes = list(zip(source[by_length].tolist(), target[by_length].tolist(), strict=True))
     if budget.tokens is None:
-        k = _multiple(-(-len(sizes) // budget.limit), world_size)
-        parts = [by_length[part] for part in np.array_split(np.arange(len(sizes)), k)]
-    else:
-        k = _multiple(len(_cuts(sizes, budget, budget.limit)), world_size)
-        cuts = _widen(_even_cuts(sizes, budget, k), len(sizes), k)
-        parts = [by_length[first:last] for first, last in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
-        parts += [by_length[:0]] * (k - len(parts))
-    shaped = [Part(part, _shape(source[part], target[part])) for part in parts]
-    return sorted(shaped, key=lambda part: -part.shape.cost)
+        return _by_rows(round_up(source), round_up(target), _multiple(-(-len(source) // budget.limit), world_size))
+    assert catalogue is not None
+    lines = [_Line.of(source, target, order, catalogue, budget.tokens) for order in _orders(source, target, catalogue)]
+    k = min(_multiple(line.fewest, world_size) for line in lines)
+    cuts = [cut for line in lines if (cut := line.cut(k, catalogue)) is not None]
+    parts = [Part(*part) for part in min(cuts, key=lambda cut: cut[0])[1]]
+    alone = [_alone(part, source, target) if part.shape.cost > budget.tokens else part for part in parts]
+    return sorted(alone, key=lambda part: -part.shape.cost)
 
 
-def _shape(source: np.ndarray, target: np.ndarray) -> Shape:
-    if not len(source):
-        return Shape(1, LENGTH_STEP, LENGTH_STEP)
-    return Shape(len(source), int(source.max()), int(target.max()))
+def _by_rows(source: np.ndarray, target: np.ndarray, k: int) -> list[Part]:
+    by_length = np.lexsort((np.arange(len(source)), -source, -(source + target)))
+    parts = [by_length[part] for part in np.array_split(np.arange(len(source)), k)]
+    shapes = [Shape(len(p), int(source[p].max()), int(target[p].max())) if len(p) else Shape(1, LENGTH_STEP, LENGTH_STEP) for p in parts]
+    return sorted(map(Part, parts, shapes), key=lambda part: -part.shape.cost)
+
+
+def _alone(part: Part, source: np.ndarray, target: np.ndarray) -> Part:
+    """A sample that no shape within the budget holds is padded to its own lengths; without one there is next to nothing to pad."""
+    if not len(part.samples):
+        return Part(part.samples, Shape(1, LENGTH_STEP, LENGTH_STEP if part.shape.target else 0))
+    (sample,) = part.samples
+    return Part(part.samples, Shape(1, int(round_up(source[sample])), int(round_up(target[sample]))))
+
+
+def _orders(source: np.ndarray, target: np.ndarray, catalogue: Catalogue) -> list[np.ndarray]:
+    """Lines in which neighbours are alike: long targets first, then strips of falling source length, there and back in target length.
+
+    Without a power, total length is tried as well: few micro-batches make few strips.
+    """
+    strip = np.searchsorted(catalogue.edges, source)
+    tail = target > catalogue.tail
+    inner = np.where(tail, -source, np.where(strip % 2 == 0, -target, target))
+    strips = np.lexsort((-source, inner, -np.where(tail, len(catalogue.edges), strip)))
+    return [strips] if catalogue.power > 1 else [strips, np.lexsort((-source, -(source + target)))]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Samples in a row, and what each shape holds of them."""
+
+    order: np.ndarray
+    after: np.ndarray  # [samples + 1, shapes]: where the longest run from a sample that a shape holds ends
+
+    @classmethod
+    def of(cls, source: np.ndarray, target: np.ndarray, order: np.ndarray, catalogue: Catalogue, budget: int) -> _Line:
+        """Beyond the budget a shape holds nothing, save one of one row a sample that no shape within the budget holds."""
+        rows, longest_source, longest_target = catalogue.shapes.T
+        count, here = len(order), np.arange(len(order))[:, None]
+        fits = (source[order][:, None] <= longest_source) & (target[order][:, None] <= longest_target)
+        over = catalogue.costs > budget
+        fits &= ~over | ((rows == 1) & ~(fits & ~over).any(1, keepdims=True))
+        ends = np.minimum.accumulate(np.where(fits, count, here)[::-1], axis=0)[::-1]
+        return cls(order, np.vstack([np.minimum(ends, here + rows), np.full((1, len(rows)), count)]))
+
+    @property
+    def fewest(self) -> int:
+        """Runs that hold all samples when each is as long as can be."""
+        reach, position, runs = self.after.max(1), 0, 0
+        while position < len(self.order):
+            assert reach[position] > position, "the catalogue holds every sample"
+            position, runs = int(reach[position]), runs + 1
+        return max(1, runs)
+
+    def cut(self, k: int, catalogue: Catalogue) -> tuple[float, list[tuple[np.ndarray, Shape]]] | None:
+        """(sum of the costs' powers, samples and shape of each run) of the least such sum over all cuts into k runs; None if none fit.
+
+        Dynamic programming from the end; a run may be empty, and is then all padding.
+        """
+        end, powers = len(self.order), (catalogue.costs / catalogue.costs.mean()) ** catalogue.power
+        reach, first, last = self.after.max(1), [end], [0]
+        for _ in range(k):
+            first.append(int(np.searchsorted(reach, first[-1])))  # first[j]: the earliest sample from which j runs reach the end
+            last.append(int(reach[last[-1]]))  # last[j]: how far j runs get
+        if first[k] > 0:
+            return None
+        best = np.full((k + 1, end + 1), np.inf)
+        best[0, end] = 0.0
+        for runs in range(1, k + 1):
+            span = slice(first[runs], last[k - runs] + 1)
+            best[runs, span] = (powers + best[runs - 1][self.after[span]]).min(1)
+        sample, chosen = 0, []
+        for runs in range(k, 0, -1):
+            shape = int(np.argmin(powers + best[runs - 1][self.after[sample]]))
+            chosen.append((self.order[sample : self.after[sample, shape]], Shape(*catalogue.shapes[shape].tolist())))
+            sample = int(self.after[sample, shape])
+        return float(best[k, 0]), chosen
 
 
 def pack(lengths: np.ndarray, world_size: int, budget: Budget, longest: int) -> list[Part]:
@@ -154,33 +238,3 @@ def deal(costs: Sequence[int], world_size: int) -> list[list[int]]:
 
 def _multiple(groups: int, world_size: int) -> int:
     return max(1, -(-groups // world_size)) * world_size
-
-
-def _cuts(sizes: list[tuple[int, int]], budget: Budget, limit: int) -> list[int]:
-    """First index of each group when groups are filled in order up to `limit`."""
-    cuts: list[int] = []
-    rows = longest_source = longest_target = 0
-    for index, (source, target) in enumerate(sizes):
-        rows, longest_source, longest_target = rows + 1, max(longest_source, source), max(longest_target, target)
-        if not cuts or budget.cost(rows, longest_source, longest_target) > limit:
-            cuts.append(index)
-            rows, longest_source, longest_target = 1, source, target
-    return cuts
-
-
-def _even_cuts(sizes: list[tuple[int, int]], budget: Budget, k: int) -> list[int]:
-    """The cut into at most k groups whose most expensive group is cheapest (bisection over the limit)."""
-    low, high = 1, budget.limit
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_cuts(sizes, budget, middle)) <= k else (middle + 1, high)
-    return _cuts(sizes, budget, high)
-
-
-def _widen(cuts: list[int], num_samples: int, k: int) -> list[int]:
-    """Split the groups with most rows until there are k, or one sample each."""
-    while len(cuts) < min(k, num_samples):
-        ends = [*cuts[1:], num_samples]
-        rows, first = max((last - first, -first) for first, last in zip(cuts, ends, strict=True))
-        cuts = sorted([*cuts, -first + rows // 2])
-    return cuts

@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from trainkit.data.batches import Budget, Part, Shape, compose, deal, pack
+from trainkit.data.batches import Budget, Catalogue, Part, Shape, compose, deal, pack
+from trainkit.data.catalogue import make_catalogue
 from trainkit.data.order import epoch_of_step, samples_of_step
 from trainkit.data.tokens import TokenArrays
 from trainkit.units import format_seconds
 
+_ROWS_OF_CATALOGUE = 65_536  # whose lengths choose the shapes: an order drawn from the whole set
 _CALLS_AT_ONCE = 8  # so that the actor answers while a call is stuck
 
 
@@ -114,6 +116,7 @@ class DataDistributor:
     def __init__(self, feedings: dict[str, Feeding]):
         self.feedings = feedings
         self.arrays = {split: TokenArrays.open(feeding.folder) for split, feeding in feedings.items()}
+        self.catalogue = self._catalogue()
         self.composed = functools.lru_cache(maxsize=64)(self._compose)
         self.lock = threading.Lock()
         self.handed: dict[tuple[str, int], Handed] = {}
@@ -170,8 +173,25 @@ class DataDistributor:
         source = arrays.column("input_ids").lengths(ids)
         if feeding.pack_length is not None:
             return ids, pack(source, feeding.world_size, feeding.budget, feeding.pack_length)
-        target = arrays.column("labels").lengths(ids) if feeding.task == "seq2seq" else np.zeros_like(source)
-        return ids, compose(source, target, feeding.world_size, feeding.budget)
+        target = self._targets(split, ids)
+        return ids, compose(source, target, feeding.world_size, feeding.budget, self.catalogue)
+
+    def _catalogue(self) -> Catalogue | None:
+        """The shapes for all splits, from the lengths of some rows of the first and the longest of all; None where none are needed."""
+        split, feeding = next(iter(self.feedings.items()))
+        if feeding.budget.tokens is None or feeding.pack_length is not None:
+            return None
+        rows = samples_of_step(0, self.arrays[split].rows, min(_ROWS_OF_CATALOGUE, self.arrays[split].rows), 1)
+        longest = {name: max(arrays.manifest["longest"][name] for arrays in self.arrays.values()) for name in ("input_ids", "labels")}
+        most = longest["input_ids"], longest["labels"] if feeding.task == "seq2seq" else 0
+        source, target = self.arrays[split].column("input_ids").lengths(rows), self._targets(split, rows)
+        return make_catalogue(source, target, feeding.samples_per_step, feeding.world_size, feeding.budget, most)
+
+    def _targets(self, split: str, rows: np.ndarray) -> np.ndarray:
+        """Lengths that count beside input_ids: those of seq2seq labels."""
+        if self.feedings[split].task != "seq2seq":
+            return np.zeros(len(rows), np.int64)
+        return self.arrays[split].column("labels").lengths(rows)
 
     def _pack(self, split: str, first: int, count: int, rank: int) -> WireCall:
         feeding, arrays = self.feedings[split], self.arrays[split]
