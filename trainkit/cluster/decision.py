@@ -51,6 +51,6 @@ def _reached(read: Callable[[], Read], paths: list[str]) -> tuple[Read | None, s
     try:
         return read(), None
     except DataError as error:
-        if any(Path(path).exists() or globbed(path) for path in paths):
+        if any(Path(path).exists() or globbed(path) for path in paths) or "no such folder" in error.message:
             raise
         return None, error.message

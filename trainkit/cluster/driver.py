@@ -125,6 +125,8 @@ class _Run:
         return self.folder.ray / "first_weights.safetensors"
 
     def _stopping(self) -> None:
+        if not self.folder.read_steps():  # nothing has been trained that an end after this step would keep
+            raise KeyboardInterrupt
         self.folder.request_stop()
         self.console.print("Stopping at the end of this step. Once more stops at once.", style="yellow")
 

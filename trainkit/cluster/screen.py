@@ -16,7 +16,7 @@ from trainkit.units import format_count, format_seconds
 
 def show_result(console: Console, folder: RunFolder, recipe: Recipe, summary: Mapping[str, Any]) -> None:
     console.print()
-    console.print(_numbers(summary))
+    console.print(_numbers(summary, recipe.scaling.use_gpu))
     if summary.get("predictions"):
         console.print()
         console.print(_predictions(summary["predictions"]))
@@ -24,17 +24,17 @@ def show_result(console: Console, folder: RunFolder, recipe: Recipe, summary: Ma
     console.print(_places(folder, recipe))
 
 
-def _numbers(summary: Mapping[str, Any]) -> Table:
-    table = _pairs()
+def _numbers(summary: Mapping[str, Any], use_gpu: bool) -> Table:
+    table, what = _pairs(), "allocated on the GPU" if use_gpu else "resident in the process, libraries included,"
     for name, value in (summary["eval"] or {}).items():
         if name != "step":
             table.add_row(f"evaluation {name.replace('_', ' ')}", f"{value:.4f}")
     table.add_row("mean training loss", f"{summary['train_loss']:.4f}")
     table.add_row("trained", f"{summary['steps']:,} steps, {summary['samples']:,} samples, {format_count(summary['tokens'])} tokens")
     speed = f"{summary['samples_per_second']:,.1f} samples/s, {format_count(summary['tokens_per_second'])} tokens/s"
-    table.add_row("speed", f"{speed}, {format_seconds(summary['wall_seconds'])} in all")
+    table.add_row("speed", f"{speed} over {format_seconds(summary['seconds'])} of steps; {format_seconds(summary['wall_seconds'])} in all")
     if summary["peak_memory_gib"]:
-        table.add_row("peak memory", f"{max(summary['peak_memory_gib']):.2f} GiB on the fullest rank")
+        table.add_row("peak memory", f"{max(summary['peak_memory_gib']):.2f} GiB {what} on the fullest rank")
     return table
 
 

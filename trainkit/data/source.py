@@ -198,7 +198,7 @@ def _once(files: list[Path], key: str) -> list[Path]:
 def _named_files(path: str | list[str], split: str, key: str) -> list[Path]:
     """The files that data.path names one by one or by globs, sorted: they are the split train."""
     if split != "train":
-        no_split = "data.path names files, which are the split train; write the file of this split"
+        no_split = "data.path names files, which are the split train; write the file of this split, or a held-out fraction such as 0.1"
         raise DataError(f"{key}: {split!r}: {'no such file' if reader_of(Path(split)) else no_split}")
     files: list[Path] = []
     for name in path if isinstance(path, list) else [path]:

@@ -7,6 +7,7 @@ compares: every tensor bit for bit, and the logits of one batch with those of th
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from trainkit.data.encoding import DEFAULT_LENGTH
 from trainkit.data.feed import MicroBatch, moved
 from trainkit.errors import ExportMismatch, TrainingError, TrainkitError, UsageError
 from trainkit.inference.predict import exported_tokenizer, load_plain, load_run_model, open_run
@@ -59,6 +61,8 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path, recipe: Recipe, b
 def write_model(model: Any, whole: Tensors, tokenizer: Any, folder: Path, recipe: Recipe) -> None:
     """Config, generation config, tokenizer and safetensors of a model whose tensors are given whole, by `named_parameters` name."""
     base = base_model(model)
+    if recipe.model.task == "seq2seq":  # plain generate() would stop after 20 tokens
+        base.generation_config.max_new_tokens = recipe.data.max_target_length or DEFAULT_LENGTH
     if recipe.model.lora is None:
         base.save_pretrained(folder, state_dict=dict(whole))  # a copy: it takes out what it has written
     else:
@@ -161,8 +165,17 @@ def _write_and_check(
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     write_model(model, whole, tokenizer, beside, recipe)
+    _as_the_umask_says(beside)
     check_exported(beside, recipe, whole, batch, logits)
     move_model(beside, folder)
+
+
+def _as_the_umask_says(folder: Path) -> None:
+    """safetensors writes files that their owner alone may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
 
 def _error_of(work: Callable[[], None], folder: Path) -> TrainkitError | None:

@@ -21,6 +21,7 @@ CPU_TOKENS = 4096
 LENGTH_STEP = 8  # padded lengths are multiples of it, as in data/batches.py, which stands above this room
 ACTIVATION_SHARE = 0.8  # of what the model states leave free: the rest is the allocator's, the kernels' and the communicator's
 DEFAULT_LENGTH = 512
+_NOT_YET = {"train": ("save_steps", "save_total_limit"), "run": ("max_failures",)}
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,13 @@ class Plan:
     total_steps: int  # 0: unknown
     epochs: float | None
     warmup_steps: int
-    eval_every: int  # optimizer steps; 0: never
+    eval_every: int  # optimizer steps; 0: never, or unknown
     save_every: int
     micro_batches_per_step: int  # over all workers, with every row at its full length; 0: unknown
     accumulation: int  # micro-batches of one worker
     ds_config: dict[str, Any]
     memory: Memory | None  # None: the model is not known
+    evaluates: bool = True
     notes: tuple[str, ...] = ()
     zero_name: str = "zero0"
     device_name: str = "CPU"
@@ -109,6 +111,7 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         epochs=steps.epochs,
         warmup_steps=steps.warmup_steps,
         eval_every=0 if recipe.data.eval is None else _every(recipe.train.eval_steps, steps),
+        evaluates=recipe.data.eval is not None,
         save_every=_every(recipe.train.save_steps, steps),
         micro_batches_per_step=batch.micro_batches,
         accumulation=batch.micro_batches // world_size,
@@ -185,7 +188,7 @@ def _steps(recipe: Recipe, data: DataFacts) -> _Steps:
     per_epoch = -(-rows // samples) if rows else None
     last = rows - (per_epoch - 1) * samples if rows and per_epoch else None
     total = train.max_steps or (train.epochs or 0) * (per_epoch or 0)
-    epochs = total / per_epoch if per_epoch else None
+    epochs = total / per_epoch if per_epoch else None if train.max_steps else train.epochs
     warmup = recipe.optimizer.warmup_steps
     return _Steps(rows, per_epoch, last, total, epochs, warmup if isinstance(warmup, int) else round(warmup * total))
 
@@ -228,7 +231,8 @@ def _auto(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world
         return _Batch(tokens, micro_batches(samples, tokens // cost, world_size))
     if model is None or memory is None or hardware.memory_bytes is None:
         unknown = "the model" if model is None else "the GPU's memory"
-        note = f"tokens_per_device: {unknown} is not known, so one micro-batch per worker is assumed; --gpu-memory 80GiB plans for a GPU"
+        note = f"tokens_per_device: {unknown} is not known, so one micro-batch per worker is assumed"
+        note += "" if model is None else "; trainkit plan --gpu-memory 80GiB plans for a GPU that is elsewhere"
         return _Batch(share * cost, world_size, (note,))
     per_token = _bytes_per_token(recipe, model)
     room = _room(hardware.memory_bytes, memory)
@@ -251,7 +255,9 @@ def _room(memory_bytes: int, memory: Memory) -> int:
 
 def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _Batch, hardware: Hardware) -> tuple[str, ...]:
     notes = list(batch.notes)
-    notes.append("this version writes no checkpoints: train.save_steps, train.save_total_limit and run.max_failures have no effect yet")
+    unused = [f"{name}.{key}" for name, keys in _NOT_YET.items() for key in keys if key in getattr(recipe, name).model_fields_set]
+    if unused:
+        notes.append(f"this version writes no checkpoints: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect yet")
     if recipe.batch.samples < _world_size(recipe):
         notes.append(f"{recipe.batch.samples} samples a step for {_world_size(recipe)} workers: some train an empty micro-batch")
     if zero.unused:

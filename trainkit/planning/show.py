@@ -44,7 +44,7 @@ def batch_equation(plan: Plan) -> str:
 def step_equation(plan: Plan) -> str:
     """1,761 steps = 3 epochs × 587 steps; the last step of an epoch has 88 samples"""
     if not plan.total_steps:
-        return f"{UNKNOWN} steps = {plan.epochs or UNKNOWN} epochs × {UNKNOWN} steps"
+        return f"{UNKNOWN} steps = {UNKNOWN if plan.epochs is None else f'{plan.epochs:g}'} epochs × {UNKNOWN} steps"
     steps = _count(plan.total_steps, "step")
     if plan.steps_per_epoch is None or plan.epochs is None:
         return f"{steps}; the steps of an epoch are {UNKNOWN}"
@@ -78,8 +78,9 @@ def _budget(plan: Plan) -> str:
 
 
 def _schedule(plan: Plan) -> str:
-    evaluates = f"evaluation every {_count(plan.eval_every, 'step')}" if plan.eval_every else "no evaluation"
-    return f"{_count(plan.warmup_steps, 'warm-up step')}, {evaluates}"
+    every = _count(plan.eval_every, "step") if plan.eval_every else f"{UNKNOWN} steps"
+    warm_up = _count(plan.warmup_steps, "warm-up step") if plan.total_steps else f"{UNKNOWN} warm-up steps"
+    return f"{warm_up}, {f'evaluation every {every}' if plan.evaluates else 'no evaluation'}"
 
 
 def _device(plan: Plan) -> str:

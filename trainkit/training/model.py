@@ -102,9 +102,11 @@ def load_config(recipe: Recipe, label_names: Sequence[str] | None = None) -> Any
     labels: dict[str, Any] = {}
     if label_names is not None:
         labels = {"id2label": dict(enumerate(label_names)), "label2id": {name: index for index, name in enumerate(label_names)}}
+    if not Path(recipe.model.path).exists() and recipe.model.path.startswith(("/", ".", "~")):
+        raise DataError(f"model.path: {recipe.model.path}: no such folder")
     try:
         config = transformers.AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision, **labels)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each kind of wrong config fails in its own way
         raise DataError(f"model.path: {recipe.model.path}: no transformers config can be read: {_first_line(error)}") from None
     if type(config) not in TASKS[recipe.model.task].auto_class._model_mapping:
         raise DataError(f"model.task: {recipe.model.task}: {recipe.model.path} is a {config.model_type} model, which has no such head")
