@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from test_launch import environment, family, started
+from test_launch import ROOT, environment, family, started
 
+from trainkit.cluster.tokenizing import by_ray_data
 from trainkit.data import distributor
-from trainkit.data.arrays import Writer, ragged
+from trainkit.data.arrays import TokenArrays, Writer, ragged
 from trainkit.data.batches import Budget
+from trainkit.data.chunks import Encoder
 from trainkit.data.distributor import DataDistributor, Feeding, make_distributors
+from trainkit.data.tokens import prepare
+from trainkit.errors import DataError
+from trainkit.recipe.reader import read_recipe
 from trainkit.runs.folder import RunFolder
 
 STEPS = 120
@@ -106,6 +113,24 @@ def test_a_node_that_sees_something_else_is_served_by_the_drivers_actor(
     )
     monkeypatch.setattr(distributor, "make_distributor", lambda feedings, node=None: make(others if node else feedings, node))
     assert make_distributors(feeding(tmp_path / "tokens")).of_node == {}
+
+
+def test_ray_data_encodes_the_same_tokens(two_nodes: str, tmp_path: Path) -> None:
+    recipe = read_recipe(ROOT / "recipes/quickstart.yaml", ["data.train=train[:300]", f"run.storage_path={tmp_path}"])
+    here = prepare(recipe)
+    alone = TokenArrays.open(here.train)
+    before = [alone.column(name).gather(np.arange(alone.rows))[0].tolist() for name in ("input_ids", "labels")]
+    shutil.rmtree(here.train)
+    spread = prepare(recipe, spread=by_ray_data)
+    arrays = TokenArrays.open(spread.train)
+    assert spread == here and arrays.manifest == alone.manifest
+    assert [arrays.column(name).gather(np.arange(arrays.rows))[0].tolist() for name in ("input_ids", "labels")] == before
+    with pytest.raises(DataError, match="row 7"):
+        list(by_ray_data(Encoder(recipe, _with_a_null(7), None, None), range(0, 10, 5)))
+
+
+def _with_a_null(row: int) -> datasets.Dataset:
+    return datasets.Dataset.from_list([{"question": None if number == row else "q", "sql": "s"} for number in range(10)])
 
 
 def test_progress_is_counted_by_rank_and_names_the_slowest(two_nodes: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from trainkit.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--set", "train.max_steps=4", "--set", "data.eval=null", "--set", "train.metrics=[]", "--set", "batch.samples=8",
-         "--set", "batch.samples_per_device=4"]  # fmt: skip
+         "--set", "batch.samples_per_device=2"]  # fmt: skip
 LONG = ["--set", "train.max_steps=100000", "--set", "data.eval=null", "--set", "train.metrics=[]", "--set", "batch.samples=8"]
 
 
@@ -118,16 +118,18 @@ def test_a_run_leaves_what_it_promises_and_shows_no_noise(small_run: Finished, t
     assert again.returncode == 2 and "this run exists" in again.stderr
 
 
-def test_one_worker_and_another_stage_train_the_same(small_run: Finished, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "stage"), [(1, 3), (4, 1)])
+def test_other_workers_and_stages_train_the_same(small_run: Finished, tmp_path: Path, workers: int, stage: int) -> None:
     """Dropout is on: layouts with as many micro-batches a step train identical ones."""
     folder = RunFolder(tmp_path / "it")
-    with started(tmp_path, [*SMALL, "--set", "scaling.num_workers=1", "--set", "zero=zero3"]) as process:
+    scaling = f"scaling={{num_workers: {workers}, use_gpu: false, resources_per_worker: {{CPU: 0.5}}}}"
+    with started(tmp_path, [*SMALL, "--set", scaling, "--set", f"zero=zero{stage}"]) as process:
         out, err = process.communicate(timeout=200)
     assert process.returncode == 0, out + err
     here, there = folder.read_steps(), small_run.folder.read_steps()
     assert [step["order"] for step in here] == [step["order"] for step in there]
     assert [step["loss"] for step in here] == pytest.approx([step["loss"] for step in there], rel=1e-6)
-    assert (summary(folder)["world_size"], summary(folder)["zero_stage"]) == (1, 3)
+    assert (summary(folder)["world_size"], summary(folder)["zero_stage"]) == (workers, stage)
 
 
 def test_ctrl_c_ends_in_an_interrupted_run_and_no_process_stays(tmp_path: Path) -> None:

@@ -110,7 +110,12 @@ def test_unknown_facts_stay_unknown() -> None:
     plan = make_plan(recipe, read_zero("zero3"), None, DataFacts(None, None), gpu(80))
     assert (plan.rows, plan.steps_per_epoch, plan.last_step_samples, plan.total_steps, plan.memory) == (None, None, None, 0, None)
     shown = printed(plan_text(plan))
-    assert "unknown steps = 3 epochs × unknown steps" in shown and "unknown warm-up steps, no evaluation" in shown and "memory unknown" in shown and "unknown rows" in shown
+    assert (
+        "unknown steps = 3 epochs × unknown steps" in shown
+        and "unknown warm-up steps, no evaluation" in shown
+        and "memory unknown" in shown
+        and "unknown rows" in shown
+    )
     capped = plan_of(counted=DataFacts(None, None), train={"max_steps": 50})
     assert capped.total_steps == 50 and "50 steps" in step_equation(capped)
 

@@ -6,8 +6,9 @@ on the folder gets a summary, whatever happens.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from trainkit.cluster.capacity import check_machine
 from trainkit.cluster.decision import Decision, decide
 from trainkit.cluster.launch import Launch, launch
 from trainkit.cluster.progress import counter, display
-from trainkit.cluster.session import cluster_address
+from trainkit.cluster.session import cluster_address, environment, environment_settings, ray_session
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
 from trainkit.errors import DataError, Interrupted, TrainkitError
@@ -110,10 +111,23 @@ class _Run:
         from trainkit.data.tokens import prepare
 
         with display(self.console) as shown:
-            prepared = prepare(self.recipe, counter(shown, "tokenizing", "row"))
+            prepared = prepare(self.recipe, counter(shown, "tokenizing", "row"), self._spread())
         for note in prepared.notes:
             self.console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
         return prepared
+
+    def _spread(self) -> Any:
+        """Where rows are encoded: on this machine, or on a joined cluster if they are many."""
+        from trainkit.cluster.tokenizing import on_cluster
+        from trainkit.data import chunks
+
+        return chunks.here if self.address is None else on_cluster(self._joined)
+
+    @contextlib.contextmanager
+    def _joined(self) -> Iterator[None]:
+        settings = environment_settings(self.recipe, local=False)
+        with environment(settings), ray_session(self.address, settings, self.verbose, self.signals):
+            yield
 
     def _first_weights(self, prepared: Any) -> Path | None:
         from trainkit.training.model import write_first_weights
