@@ -1,0 +1,143 @@
+"""The DataDistributor as the plain class it is."""
+
+from __future__ import annotations
+
+import json
+import threading
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainkit.data.arrays import TokenArrays, Writer, ragged
+from trainkit.data.batches import Budget
+from trainkit.data.catalogue import SHAPES
+from trainkit.data.distributor import DataDistributor, Feeding, WireStep
+
+TOKENS = Budget(tokens=600)
+
+
+def feeding_of(folder: Path, rows: int, longest: int = 40, **more: object) -> Feeding:
+    """Random rows, seq2seq unless said otherwise; a row's first token is its number."""
+    rng = np.random.default_rng(rows)
+    source = [[row, *rng.integers(3, 400, rng.integers(0, longest)).tolist()] for row in range(rows)]
+    target = [rng.integers(3, 400, rng.integers(1, longest)).tolist() for _ in range(rows)]
+    with Writer(folder) as writer:
+        writer.append({"input_ids": ragged(source), "labels": ragged(target)}, np.array([len(row) for row in target]))
+        writer.finish(truncated={})
+    return replace(Feeding(str(folder), "seq2seq", 7, 16, 1, TOKENS, shuffle=True), **more)  # type: ignore[arg-type]
+
+
+def steps_of(feeding: Feeding, step: int) -> list[WireStep]:
+    distributor = DataDistributor({"train": feeding})
+    return [distributor.steps("train", step, 1, rank).unpack()[0] for rank in range(feeding.world_size)]
+
+
+def ids_of(ranks: list[WireStep]) -> list[int]:
+    return sorted(int(row) for rank in ranks for micro in rank.micro_batches for row in micro.sample_ids)
+
+
+@pytest.mark.parametrize("budget", [TOKENS, Budget(rows=3)])
+@pytest.mark.parametrize("pack_length", [None, 128])
+def test_the_samples_of_a_step_do_not_depend_on_the_layout(tmp_path: Path, budget: Budget, pack_length: int | None) -> None:
+    task = "seq2seq" if pack_length is None else "causal"
+    plain = feeding_of(tmp_path / "a", 75, task=task, budget=budget, pack_length=pack_length)
+    for step in (1, 2, 5, 6):
+        layouts = [steps_of(replace(plain, world_size=world), step) for world in (1, 2, 4)]
+        assert len({tuple(ids_of(ranks)) for ranks in layouts}) == 1
+        for ranks in layouts:
+            assert len({(rank.label_tokens, rank.samples, rank.num_micro_batches, len(rank.micro_batches)) for rank in ranks}) == 1
+            assert ranks[0].samples == len(ids_of(ranks)) == (11 if step == 5 else 16) and ranks[0].epoch == (step - 1) // 5
+            indices = sorted(micro.index for rank in ranks for micro in rank.micro_batches)
+            assert indices == list(range(ranks[0].num_micro_batches))
+
+
+def test_every_row_arrives_once_an_epoch_with_its_tokens(tmp_path: Path) -> None:
+    feeding = feeding_of(tmp_path / "a", 75, world_size=2)
+    arrays, distributor, seen = TokenArrays.open(feeding.folder), DataDistributor({"train": feeding}), []
+    for rank in range(2):
+        for step in distributor.steps("train", 1, 5, rank).unpack():
+            for micro in step.micro_batches:
+                seen += micro.sample_ids.tolist()
+                for name, (values, lengths) in micro.columns.items():
+                    assert values.tolist() == [int(token) for row in micro.sample_ids for token in arrays.column(name).row(row)]
+                    assert lengths.tolist() == [len(arrays.column(name).row(row)) for row in micro.sample_ids]
+    assert sorted(seen) == list(range(75))
+
+
+@pytest.mark.parametrize(("rows", "world"), [(1, 4), (3, 8), (5, 2), (20, 16)])
+def test_fewer_samples_than_ranks_leave_ranks_without_samples(tmp_path: Path, rows: int, world: int) -> None:
+    ranks = steps_of(feeding_of(tmp_path / "a", rows, world_size=world), 1)
+    assert ids_of(ranks) == list(range(rows)) if rows <= 16 else len(ids_of(ranks)) == 16
+    assert {len(rank.micro_batches) for rank in ranks} == {ranks[0].num_micro_batches // world}
+
+
+def test_an_epoch_smaller_than_a_step_is_a_step(tmp_path: Path) -> None:
+    feeding = feeding_of(tmp_path / "a", 5)
+    for step in (1, 2, 3):
+        (rank,) = steps_of(feeding, step)
+        assert (rank.epoch, rank.samples, ids_of([rank])) == (step - 1, 5, [0, 1, 2, 3, 4])
+
+
+def test_all_splits_share_few_shapes_that_hold_their_longest_rows(tmp_path: Path) -> None:
+    train = feeding_of(tmp_path / "a", 300, world_size=2)
+    long = feeding_of(tmp_path / "b", 90, longest=150, world_size=2, shuffle=False)
+    distributor, shapes = DataDistributor({"train": train, "eval": long}), set()
+    for split, count in (("train", 19), ("eval", 6)):
+        for rank in range(2):
+            steps = distributor.steps(split, 1, count, rank).unpack()
+            shapes |= {micro.shape for step in steps for micro in step.micro_batches if micro.shape.cost <= 600}
+    assert len(shapes) <= SHAPES
+
+
+def test_the_wire_is_narrow_and_unpadded(tmp_path: Path) -> None:
+    call = DataDistributor({"train": feeding_of(tmp_path / "a", 75)}).steps("train", 1, 4, 0)
+    values, lengths = call.columns["input_ids"]
+    assert (values.dtype, lengths.dtype, call.sample_ids.dtype) == (np.uint16, np.uint8, np.uint8)
+    assert len(values) == lengths.sum() and len(lengths) == 64
+
+
+def test_feeding_many_rows_needs_no_memory_for_them(tmp_path: Path) -> None:
+    """Three million short rows: 24 MB of offsets on disk, and what a call takes does not grow with them."""
+    rows = 3_000_000
+    for name, kind, count in (
+        ("input_ids.values", np.uint8, 4 * rows),
+        ("labels.values", np.uint8, 4 * rows),
+        ("label_tokens", np.int32, rows),
+    ):
+        np.lib.format.open_memmap(tmp_path / f"{name}.npy", mode="w+", dtype=kind, shape=(count,)).flush()
+    for name in ("input_ids", "labels"):
+        np.save(tmp_path / f"{name}.offsets.npy", np.arange(rows + 1, dtype=np.int64) * 4)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    manifest = {"rows": rows, "columns": ["input_ids", "labels"], "bytes": sizes, "crc32": dict.fromkeys(sizes, 0)}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"longest": {"input_ids": 4, "labels": 4}}))
+    distributor = DataDistributor({"train": Feeding(str(tmp_path), "causal", 0, 512, 2, Budget(tokens=1024), shuffle=True)})
+    tracemalloc.start()
+    for step in (1, 2000, 5859):
+        assert len(distributor.steps("train", step, 1, 0).sample_ids) > 100
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 2**20
+
+
+def test_a_stuck_call_is_named_while_others_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distributor, reading, release = DataDistributor({"train": feeding_of(tmp_path / "a", 75)}), threading.Event(), threading.Event()
+    pack = DataDistributor._pack
+
+    def slow(self: DataDistributor, split: str, first: int, count: int, rank: int) -> object:
+        if first == 3:
+            reading.set()
+            release.wait(10)
+        return pack(self, split, first, count, rank)
+
+    monkeypatch.setattr(DataDistributor, "_pack", slow)
+    stuck = threading.Thread(target=distributor.steps, args=("train", 3, 1, 0))
+    stuck.start()
+    reading.wait(10)
+    assert distributor.doing().startswith("reading train step 3 for rank 0 for")
+    distributor.steps("train", 1, 1, 0)
+    release.set()
+    stuck.join()
+    assert distributor.doing() == "nothing" and distributor.get_progress(0)["steps"] == 2
