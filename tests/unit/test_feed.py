@@ -109,11 +109,11 @@ def test_rows_keep_their_values_whatever_their_lengths() -> None:
 
 def test_steps_come_in_order_and_never_past_the_end() -> None:
     asked: list[tuple[int, int]] = []
-    feed = feed_of(answering(300, asked), 300)
-    assert [first_token(feed, step) for step in range(1, 301)] == list(range(1, 301))
+    feed = feed_of(answering(2000, asked), 2000)
+    assert [first_token(feed, step) for step in range(1, 2001)] == list(range(1, 2001))
     feed.close()
     assert asked[0] == (1, 1), "the first step comes as soon as it can"
-    assert [step for first, count in asked for step in range(first, first + count)] == list(range(1, 301))
+    assert [step for first, count in asked for step in range(first, first + count)] == list(range(1, 2001))
     assert max(count for _, count in asked) == feeds.MOST_STEPS_PER_CALL, "small steps travel together"
 
 

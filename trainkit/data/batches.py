@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+_WELL_FILLED = 0.88  # share of real tokens from which on packed micro-batches stay equal
 LENGTH_STEP = 8  # padded lengths are rounded up to this: few shapes, and matrix sizes that tensor cores like
 
 
@@ -95,7 +96,7 @@ def compose(source: np.ndarray, target: np.ndarray, world_size: int, budget: Bud
 
 
 def _by_rows(source: np.ndarray, target: np.ndarray, k: int) -> list[Part]:
-    by_length = np.lexsort((np.arange(len(source)), -source, -(source + target)))
+    by_length = np.lexsort((-source, -(source + target)))
     parts = [by_length[part] for part in np.array_split(np.arange(len(source)), k)]
     shapes = [Shape(len(p), int(source[p].max()), int(target[p].max())) if len(p) else Shape(1, LENGTH_STEP, LENGTH_STEP) for p in parts]
     return sorted(map(Part, parts, shapes), key=lambda part: -part.shape.cost)
@@ -179,6 +180,7 @@ def pack(lengths: np.ndarray, world_size: int, budget: Budget, longest: int) -> 
     longest: most tokens of a packed sequence; no row is longer. k is the smallest multiple of the world size with which sequences of that
     length fit the budget (of tokens; of samples, on average over the micro-batches). Rows go longest first into the emptiest sequence
     (LPT; Graham, "Bounds on multiprocessing timing anomalies", 1969), so all are about equally full, and they are as long as the fullest.
+    Where a few long rows keep the others from being full, some micro-batches have a sequence less: no rank waits longer for that.
     """
     most = int(_coarser(np.array([longest]))[0])
     sequences = _sequences_needed(lengths, most)
@@ -186,14 +188,22 @@ def pack(lengths: np.ndarray, world_size: int, budget: Budget, longest: int) -> 
         k = _multiple(-(-len(lengths) // budget.limit), world_size)
     else:
         k = _multiple(-(-sequences // max(1, budget.limit // most)), world_size)
-    rows = -(-sequences // k)
-    filled = _filled(lengths, rows * k)
-    length = int(_coarser(np.array([max(int(lengths[part].sum()) for part in filled)]))[0])
-    parts = []
-    for first in range(0, rows * k, rows):
+    filled = _filled(lengths, -(-sequences // k) * k)
+    length = _fullest(lengths, filled)
+    if lengths.sum() < _WELL_FILLED * len(filled) * length:
+        filled = _filled(lengths, max(k, _sequences_needed(lengths, length)))
+        length = _fullest(lengths, filled)
+    fewest, more = divmod(len(filled), k)
+    parts, first = [], 0
+    for rows in [fewest + 1] * more + [fewest] * (k - more):
         own = filled[first : first + rows]
         parts.append(Part(np.concatenate(own), Shape(rows, length, 0), np.array([len(part) for part in own])))
+        first += rows
     return parts
+
+
+def _fullest(lengths: np.ndarray, filled: Sequence[np.ndarray]) -> int:
+    return int(_coarser(np.array([max(int(lengths[part].sum()) for part in filled)]))[0])
 
 
 def _sequences_needed(lengths: np.ndarray, most: int) -> int:

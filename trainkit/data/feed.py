@@ -22,9 +22,9 @@ from trainkit.units import MIB, format_seconds
 
 IGNORED_LABEL = -100
 AHEAD_BYTES = 64 * MIB  # of padded tensors that wait for use; at least one step
-AHEAD_STEPS = 64
-CALL_BYTES = 1 * MIB  # of one answer of the distributor: large enough to pay for the call, small enough to come soon
-MOST_STEPS_PER_CALL = 32
+AHEAD_STEPS = 256
+CALL_BYTES = 4 * MIB  # of one answer of the distributor: large enough to pay for the call, small enough to come soon
+MOST_STEPS_PER_CALL = 256
 CALLS_AHEAD = 2
 NOTICE_SECONDS = 20.0  # a wait that is said
 STUCK_SECONDS = 300.0  # a wait that ends the run, long before the collectives of the other ranks give up
@@ -122,7 +122,7 @@ class Feed:
         self.thread.start()
 
     def _read_ahead(self, step: int, ahead: _Ahead) -> None:
-        """Keep CALLS_AHEAD calls under way, each of about CALL_BYTES: the first asks for one step, which comes soonest."""
+        """Keep CALLS_AHEAD calls under way, growing to about CALL_BYTES each: the first asks for one step, which comes soonest."""
         asked: deque[tuple[int, Answer]] = deque()
         count, copier = 1, _Copier(self.device)
         try:
@@ -135,7 +135,7 @@ class Feed:
                     return
                 answered, answer = asked.popleft()
                 call = answer()
-                count = max(1, min(MOST_STEPS_PER_CALL, CALL_BYTES * answered // max(1, call.num_bytes)))
+                count = max(1, min(4 * answered, MOST_STEPS_PER_CALL, CALL_BYTES * answered // max(1, call.num_bytes)))
                 for wire in call.unpack():
                     ahead.put(*copier.copied(self.padding.step(wire, pin=copier.pin)))
         except BaseException as error:  # it belongs to the loop, which asks next
@@ -243,7 +243,8 @@ class Padding:
         targets = self.task == "seq2seq"
         real = _inside(lengths, (rows, source))
         input_ids, mask = _filled(real, values, self.pad_id, pin), _filled(real, 1, 0, pin)
-        input_ids[len(lengths) :, 0], mask[len(lengths) :, 0] = self.eos_id, 1
+        if rows > len(lengths):
+            input_ids[len(lengths) :, 0], mask[len(lengths) :, 0] = self.eos_id, 1
         learned = real if self.task == "causal" else _inside(label_lengths, (rows, target if targets else 1))
         label_rows = _filled(learned, labels, IGNORED_LABEL, pin)
         types = wire.columns.get("token_type_ids")
@@ -301,5 +302,8 @@ def _inside(lengths: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def _filled(inside: np.ndarray, values: np.ndarray | int, fill: int, pin: bool = False) -> torch.Tensor:
     """int64: the values in order where they belong, `fill` elsewhere."""
     out = torch.full(inside.shape, fill, dtype=torch.int64, pin_memory=pin)
-    out.numpy()[inside] = values
+    if isinstance(values, np.ndarray) and len(values) == inside.size:  # rows of equal length
+        out.numpy()[:] = values.reshape(inside.shape)
+    else:
+        out.numpy()[inside] = values
     return out

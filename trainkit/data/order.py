@@ -78,14 +78,14 @@ def samples_of_step(seed: int, rows: int, samples_per_step: int, step: int, shuf
     if not shuffle:
         return np.arange(first, end, dtype=np.int64)
     blocks = range(first // _BLOCK, -(-end // _BLOCK))
-    order = np.concatenate([_block(rows, combine(seed, epoch), number) for number in blocks])
+    order = np.concatenate([_block(rows, seed, epoch, number) for number in blocks])
     return order[first - blocks[0] * _BLOCK : end - blocks[0] * _BLOCK]
 
 
 @functools.lru_cache(maxsize=64)
-def _block(rows: int, key: int, number: int) -> np.ndarray:
+def _block(rows: int, seed: int, epoch: int, number: int) -> np.ndarray:
     """A block of an epoch's order, kept because steps share it: numpy's fixed costs make 32 positions as dear as thousands."""
-    return permute(np.arange(number * _BLOCK, min((number + 1) * _BLOCK, rows)), rows, key)
+    return permute(np.arange(number * _BLOCK, min((number + 1) * _BLOCK, rows)), rows, combine(seed, epoch))
 
 
 def set_hash(sample_ids: np.ndarray) -> int:
