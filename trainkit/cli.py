@@ -27,7 +27,7 @@ app = typer.Typer(
     help="Fine-tune Hugging Face models on many workers: a recipe, Ray Train, DeepSpeed ZeRO.",
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; with --resume also a run folder.", show_default=False)]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")]
 Runs = Annotated[Path | None, typer.Option("--runs", metavar="DIR", help="Folder of the run folders; overrides run.storage_path.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -38,6 +38,7 @@ def run(
     overrides: Overrides = [],  # noqa: B006  # typer copies it
     name: Annotated[str | None, typer.Option("--name", help="Name of the run folder instead of <recipe's name>-<n>.")] = None,
     runs: Runs = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of an unfinished run.")] = False,
     address: Annotated[str | None, typer.Option("--address", metavar="RAY", help="Join this Ray cluster instead of starting one.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's and DeepSpeed's own output.")] = False,
     debug: Debug = False,
@@ -45,7 +46,7 @@ def run(
     """Plan, print the plan, train, evaluate and export."""
     from trainkit.cluster import driver
 
-    driver.run(driver.Options(recipe, _with_runs(overrides, runs), name, address, verbose), Console(file=sys.stdout))
+    driver.run(driver.Options(recipe, _with_runs(overrides, runs), name, address, verbose, resume), Console(file=sys.stdout))
 
 
 def plan(

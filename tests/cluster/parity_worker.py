@@ -34,7 +34,9 @@ from trainkit.planning.planner import Plan, make_plan
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import read_zero
+from trainkit.runs.checkpoints import Checkpoint
 from trainkit.training import loop
+from trainkit.training.checkpoint import Saver, restore
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.meters import StepRecord
 from trainkit.training.model import TASKS, build_model, model_facts
@@ -71,10 +73,26 @@ def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any]
         _plant_nan(engine, step=3)
     records: list[StepRecord] = []
     feed = feed_of(recipe, plan, prepared, rank)
+    outcome = loop.Outcome()
+    if "resume" in case:
+        found = Checkpoint(Path(case["resume"]))
+        restore(engine, found, feed.micro_batches(found.step + 1))
+        outcome.steps = found.step
+    saver = Saver(Path(case["checkpoints"]), "1", keep=9) if "checkpoints" in case else None
+
+    def save(outcome: loop.Outcome) -> None:
+        if saver is not None:
+            saver.save(engine, outcome.steps, {}, None)
+
+    around = loop.Surroundings(records.append, lambda step: {}, lambda step: None, save, lambda: False)
     try:
-        loop.train(engine, feed, plan, recipe, loop.Surroundings(records.append, lambda step: {}, lambda step: None, lambda: False))
+        loop.train(engine, feed, plan, recipe, around, outcome)
     except NonFiniteError as error:
         return [[error.facts["step"], error.facts["rank"], record.loss] for record in records]
+    if saver is not None:
+        saver.wait()
+        saver.close()
+        dist.barrier()  # rank 0 has put the manifest there
     if case["export"] is not None:  # straight after a step: under ZeRO-3 parameters may still be on their way
         batch = feed.micro_batches(1).micro_batches[0]
         export_model(engine, load_tokenizer(recipe).tokenizer, Path(case["export"]), recipe, batch)

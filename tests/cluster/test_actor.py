@@ -56,19 +56,19 @@ def test_killing_the_actor_changes_nothing(tmp_path: Path, kills: int) -> None:
 
 def _killed(process: subprocess.Popen[str], folder: RunFolder, step: int, later: float) -> int:
     """Kill the actor some seconds after a step is done: the steps done then."""
-    _waited_for(lambda: len(folder.read_steps()) >= step)
-    (actor,) = _waited_for(lambda: actors_in(family(process)))
+    waited_for(lambda: len(folder.read_steps()) >= step)
+    (actor,) = waited_for(lambda: actors_in(family(process)))
     time.sleep(later)
     actor.kill()
     actor.wait(10)
     return len(folder.read_steps())
 
 
-def _waited_for(look, seconds: float = 60):  # type: ignore[no-untyped-def]
+def waited_for(look, seconds: float = 60, every: float = 0.02):  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(every)
     return found
 
 

@@ -132,21 +132,6 @@ def test_other_workers_and_stages_train_the_same(small_run: Finished, tmp_path: 
     assert (summary(folder)["world_size"], summary(folder)["zero_stage"]) == (workers, stage)
 
 
-def test_ctrl_c_ends_in_an_interrupted_run_and_no_process_stays(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "it")
-    with started(tmp_path, LONG) as process:
-        wait_for_steps(folder, process)
-        workers = family(process)
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted after step" in err and "Traceback" not in err
-    assert alive(workers) == []
-    found = summary(folder)
-    assert found["status"] == "interrupted" and found["steps"] == len(folder.read_steps()) > 1
-    folder.lock("driver").release()
-
-
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "it")
     with started(tmp_path, LONG) as process:
@@ -176,22 +161,6 @@ def test_sigterm_to_the_whole_process_group_ends_the_run_soon(tmp_path: Path) ->
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
     assert alive(workers) == []
     assert summary(folder)["status"] == "interrupted"
-
-
-def test_a_killed_worker_fails_the_run_and_is_named(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "it")
-    with started(tmp_path, LONG) as process:
-        wait_for_steps(folder, process)
-        workers = family(process)
-        ranks = [worker for worker in workers if any("RayTrainWorker" in word for word in worker.cmdline())]
-        assert len(ranks) == 2
-        ranks[1].kill()
-        _, err = process.communicate(timeout=100)
-    assert process.returncode == 4
-    assert "ended" in err and "without an error of its own: killed by a signal" in err and "Traceback" not in err
-    assert alive(workers) == []
-    found = summary(folder)
-    assert found["status"] == "failed" and found["error"]["kind"] == "TrainingError" and found["steps"] >= 2
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_leaves_no_model(tmp_path: Path) -> None:

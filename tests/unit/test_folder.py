@@ -105,6 +105,34 @@ def test_a_line_cut_off_by_a_killed_process_is_left_out(folder: RunFolder) -> No
     assert folder.read_steps() == [{"step": 1}, {"step": 2}]
 
 
+def test_steps_that_no_checkpoint_kept_are_taken_out_and_others_stay_as_they_were(folder: RunFolder) -> None:
+    folder.steps_path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.1}\n{"step": 3, "loss": 1e-09}\n{"ste')
+    folder.keep_steps(2)
+    assert folder.steps_path.read_text() == '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.1}\n'
+    log = StepLog(folder)
+    log.append({"step": 3})
+    log.close()
+    assert [step["step"] for step in folder.read_steps()] == [1, 2, 3]
+    folder.keep_steps(9)
+    assert [step["step"] for step in folder.read_steps()] == [1, 2, 3]
+    folder.keep_steps(0)
+    assert folder.steps_path.read_text() == ""
+
+
+def test_a_line_cut_off_by_a_killed_process_does_not_run_into_the_next_attempts_first(folder: RunFolder) -> None:
+    folder.steps_path.write_text('{"step": 1}\n{"ste')
+    folder.keep_steps(1)
+    log = StepLog(folder)
+    log.append({"step": 2})
+    log.close()
+    assert folder.read_steps() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_run_without_steps_stays_without(folder: RunFolder) -> None:
+    folder.keep_steps(7)
+    assert not folder.steps_path.exists()
+
+
 def test_the_tail_gives_each_complete_line_once(folder: RunFolder) -> None:
     tail = StepTail(folder)
     assert list(tail.new_steps()) == []
@@ -139,6 +167,30 @@ def test_the_earliest_error_comes_first(folder: RunFolder) -> None:
     assert (first.rank, first.step, first.kind, first.message) == (1, 7, "UsageError", "the cause")
     assert (second.rank, second.kind) == (0, "ConnectionError")
     assert folder.traceback_path(1).read_text() == "Traceback ..."
+
+
+def test_an_attempt_begins_without_what_the_one_before_left_for_the_driver(folder: RunFolder) -> None:
+    folder.steps_path.write_text('{"step": 1}\n')
+    folder.write_error(1, 7, UsageError("the cause"), "Traceback ...")
+    folder.request_stop()
+    folder.write_phase("training")
+    folder.write_summary({"status": "failed"})
+    folder.begin_attempt()
+    assert (folder.errors(), folder.stop_requested(), folder.read_phase(), folder.read_summary()) == ([], False, "", None)
+    assert not folder.traceback_path(1).exists() and folder.read_steps() == [{"step": 1}]
+    folder.write_error(0, 1, UsageError("another"), "Traceback ...")
+    assert [error.message for error in folder.errors()] == ["another"]
+
+
+def test_attempts_are_counted_by_the_folders_that_ray_made(folder: RunFolder) -> None:
+    assert [folder.begin_attempt(), folder.begin_attempt()] == [1, 1]
+    for number in (1, 2):
+        (folder.ray / f"attempt-{number}").mkdir()
+        assert folder.begin_attempt() == number + 1
+
+
+def test_a_folder_that_lost_its_notes_can_begin_an_attempt(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "copied").begin_attempt() == 1
 
 
 def test_a_lock_is_held_by_one_and_goes_with_its_process(folder: RunFolder) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.data.order import set_hash
 from trainkit.errors import NonFiniteError
-from trainkit.training.loop import Surroundings, forward_and_backward, learning_rate, train
+from trainkit.training.loop import Outcome, Surroundings, forward_and_backward, learning_rate, train
 from trainkit.training.meters import StepRecord
 
 
@@ -48,6 +48,7 @@ class Engine:
         self.backwards: list[tuple[int, bool]] = []
         self.draws: list[float] = []
         self.rates: list[float] = []
+        self.saved: list[int] = []
 
     def sum_loss(self, batch: MicroBatch) -> torch.Tensor:
         self.draws.append(torch.rand(()).item())
@@ -63,15 +64,24 @@ class Engine:
 
 
 def run(
-    engine: Engine, records: list[StepRecord], *, steps: int = 5, evaluations: list[dict[str, float]] | None = None, **train_keys: Any
-) -> Any:
+    engine: Engine, records: list[StepRecord], *, steps: int = 5, evaluations: list[dict[str, float]] | None = None,
+    save_every: int = 0, begin: Outcome | None = None, **train_keys: Any,
+) -> Any:  # fmt: skip
     keys = {"seed": 1, "metric_for_best_model": None, "early_stopping_patience": None} | train_keys
     recipe = SimpleNamespace(train=SimpleNamespace(**keys), optimizer=SimpleNamespace(lr=0.1, lr_scheduler_type="constant"))
-    plan = SimpleNamespace(world_size=1, total_steps=steps, warmup_steps=0, eval_every=2 if evaluations else 0, precision="fp32")
+    plan = SimpleNamespace(
+        world_size=1, total_steps=steps, warmup_steps=0, eval_every=2 if evaluations else 0, save_every=save_every, precision="fp32"
+    )
     kept: list[int] = []
     values = iter(evaluations or [])
-    around = Surroundings(records.append, lambda step: next(values), kept.append, lambda: len(records) >= keys.get("stop_after", 99))
-    return train(engine, Feed(), plan, recipe, around), kept  # type: ignore[arg-type]
+    around = Surroundings(
+        report=records.append,
+        evaluate=lambda step: next(values),
+        keep_best=kept.append,
+        save=lambda outcome: engine.saved.append(outcome.steps),
+        stop_requested=lambda: len(records) >= keys.get("stop_after", 99),
+    )
+    return train(engine, Feed(), plan, recipe, around, begin), kept  # type: ignore[arg-type]
 
 
 def test_every_step_is_reported_once_with_the_sums_over_its_micro_batches() -> None:
@@ -180,3 +190,28 @@ def test_learning_rates_are_those_of_transformers(schedule: str) -> None:
         assert learning_rate(step, 11, 3, 0.5, schedule) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
+
+
+def test_the_state_is_saved_when_due_and_at_every_end() -> None:
+    engine = Engine()
+    run(engine, [], steps=5, save_every=2)
+    assert engine.saved == [2, 4, 5]
+    engine = Engine()
+    run(engine, [], steps=4, save_every=2)
+    assert engine.saved == [2, 4], "once each"
+    engine, records = Engine(), list[StepRecord]()
+    run(engine, records, steps=50, stop_after=3)
+    assert engine.saved == [len(records)], "of a run that was interrupted"
+    engine = Engine(nan_at=3)
+    with pytest.raises(NonFiniteError):
+        run(engine, [], steps=5, save_every=3)
+    assert engine.saved == [], "a state that is not finite is no checkpoint"
+
+
+def test_it_goes_on_after_the_step_that_it_is_given() -> None:
+    engine, records = Engine(), list[StepRecord]()
+    outcome, _ = run(engine, records, steps=5, save_every=2, begin=Outcome(steps=3))
+    assert [record.step for record in records] == [4, 5] and engine.saved == [4, 5] and outcome.steps == 5
+    engine, records = Engine(), []
+    outcome, _ = run(engine, records, steps=5, begin=Outcome(steps=5))
+    assert records == [] and engine.saved == [] and outcome.status == "completed"

@@ -104,7 +104,7 @@ def _ray_reason(error: BaseException) -> str:
     text = " ".join(str(link) for link in _chain(error))
     for line in text.splitlines():
         if "exit detail" in line.lower() or "exit type" in line.lower() or "memory" in line.lower():
-            return line.strip()
+            return line.split(" Some common causes")[0].strip()
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 

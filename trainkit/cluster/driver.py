@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ from rich.console import Console
 from trainkit.cluster import hardware, screen
 from trainkit.cluster.capacity import check_machine
 from trainkit.cluster.decision import Decision, decide
+from trainkit.cluster.faults import Failure
+from trainkit.cluster.faults import decide as decide_what_to_do
 from trainkit.cluster.launch import Launch, launch
 from trainkit.cluster.progress import counter, display
+from trainkit.cluster.resume import check_unfinished, resumed_recipe, run_to_resume
 from trainkit.cluster.session import cluster_address, environment, environment_settings, ray_session
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
@@ -28,7 +31,9 @@ from trainkit.planning.planner import Plan
 from trainkit.planning.show import plan_text
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
-from trainkit.runs.folder import RunFolder, check_storage
+from trainkit.runs import checkpoints
+from trainkit.runs.checkpoints import Checkpoint
+from trainkit.runs.folder import PREDECESSOR_SECONDS, RunFolder, check_storage
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Options:
     name: str | None = None
     address: str | None = None
     verbose: bool = False
+    resume: bool = False
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -52,14 +58,22 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     with Signals() as signals:
         try:
             address = cluster_address(options.address)
-            recipe = read_recipe(options.recipe, options.overrides)
-            check_storage(recipe.run.storage_path, recipe.name, options.name)
-            decision = _decide(recipe, options.recipe, address, console)
-            folder = RunFolder.create(recipe.run.storage_path, recipe.name, options.name)
+            path = options.recipe / "recipe.yaml" if options.resume and options.recipe.is_dir() else options.recipe
+            wish = recipe = read_recipe(path, options.overrides)
+            before = run_to_resume(wish, path, options.name) if options.resume else None
+            if before is not None:
+                recipe = resumed_recipe(before, wish)
+            check_storage(recipe.run.storage_path, recipe.name, None if before else options.name)
+            decision = _decide(recipe, path, address, console)
+            if before is not None:
+                check_unfinished(before, decision.plan.total_steps)
+            folder = before or RunFolder.create(recipe.run.storage_path, recipe.name, options.name)
         except KeyboardInterrupt:
             raise Interrupted("interrupted before anything was started") from None
-        with folder.lock("driver"):
-            return _recorded(_Run(address, options.verbose, recipe, decision.plan, folder, console, signals), began)
+        with folder.lock("driver", wait_seconds=PREDECESSOR_SECONDS if before else 0.0):
+            return _recorded(
+                _Run(address, options.verbose, wish, recipe, decision.plan, folder, console, signals, before is not None), began
+            )
 
 
 def _decide(recipe: Recipe, path: Path, address: str | None, console: Console) -> Decision:
@@ -73,39 +87,85 @@ def _decide(recipe: Recipe, path: Path, address: str | None, console: Console) -
     return decision
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     address: str | None  # of a cluster to join
     verbose: bool
-    recipe: Recipe
+    wish: Recipe
+    recipe: Recipe  # with what a resumed run keeps
     plan: Plan
     folder: RunFolder
     console: Console
     signals: Signals
+    resumed: bool
+    failures: list[Failure] = field(default_factory=list)  # of attempts of this command
 
     def train(self) -> dict[str, Any]:
         """From the made folder to rank 0's outcome."""
-        self.folder.write_recipe(recipe_to_yaml(self.recipe))
+        checkpoint = self._checkpoint() if self.resumed else None
+        self.folder.write_recipe(recipe_to_yaml(self.wish))
         self.folder.write_plan(self.plan.to_json())
         self.folder.write_environment(hardware.environment())
-        self.console.print(f"run folder {self.folder.path}", style="dim", highlight=False, soft_wrap=True)
+        self._say(f"run folder {self.folder.path}", "dim")
         try:
-            return self._launch()
+            prepared = self._prepare()
+            while True:
+                try:
+                    return self._attempt(prepared, checkpoint)
+                except Exception as failure:
+                    self._restart_or_raise(failure, checkpoint)
+                checkpoint = self._checkpoint()
         finally:
             self._first_weights_path.unlink(missing_ok=True)  # a whole model in fp32, of no use to anybody now
 
-    def _launch(self) -> dict[str, Any]:
-        prepared = self._prepare()
+    def _attempt(self, prepared: Any, checkpoint: Checkpoint | None) -> dict[str, Any]:
+        done = 0 if checkpoint is None else checkpoint.step
+        self._check_data(prepared, checkpoint)
+        attempt = self.folder.begin_attempt()
+        self.folder.keep_steps(done)
+        if self.resumed or self.failures:
+            self._say(f"going on from step {done}" if done else "no checkpoint yet: beginning again", "dim")
         asked = Launch(
             recipe=self.recipe,
             plan=self.plan,
             folder=self.folder,
             prepared=prepared,
-            first_weights=self._first_weights(prepared),
+            first_weights=self._first_weights(prepared) if checkpoint is None else None,
             address=self.address,
             verbose=self.verbose,
+            attempt=attempt,
+            checkpoint=checkpoint,
         )
         return launch(asked, display(self.console, self.verbose), self.signals, self._stopping)
+
+    def _restart_or_raise(self, failure: Exception, checkpoint: Checkpoint | None) -> None:
+        error = _cause(failure, self)
+        steps = self.folder.read_steps()
+        self.failures.append(Failure.of(error, 0 if checkpoint is None else checkpoint.step, steps[-1]["step"] if steps else 0))
+        verdict = decide_what_to_do(self.failures, self.recipe.run.max_failures)
+        if self.signals.taken or not verdict.again:
+            raise error from failure
+        self._say(f"{error.message}\n{verdict.why}", "yellow")
+
+    def _checkpoint(self) -> Checkpoint | None:
+        """The newest one that holds, once nobody writes there any more."""
+        self.folder.lock("rank-0", wait_seconds=PREDECESSOR_SECONDS).release()
+        checkpoints.clear_incomplete(self.folder.path)
+        return checkpoints.newest_sound(self.folder.path, lambda text: self._say(text, "yellow"))
+
+    def _check_data(self, prepared: Any, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is None:
+            return
+        from trainkit.training.checkpoint import read_state
+
+        if read_state(checkpoint)["data"] != prepared.key:
+            raise DataError(
+                f"data.train: {self.folder.path} was begun with other rows or another tokenizer: the order of its samples cannot go on. "
+                "Put the data back as it was, or begin a new run without --resume"
+            )
+
+    def _say(self, text: str, style: str) -> None:
+        self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def _prepare(self) -> Any:
         from trainkit.data.tokens import prepare
@@ -113,7 +173,7 @@ class _Run:
         with display(self.console) as shown:
             prepared = prepare(self.recipe, counter(shown, "tokenizing", "row"), self._spread())
         for note in prepared.notes:
-            self.console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+            self._say(note, "yellow")
         return prepared
 
     def _spread(self) -> Any:
@@ -151,13 +211,13 @@ def _recorded(run: _Run, began: float) -> dict[str, Any]:
     try:
         outcome = run.train()
         if outcome["status"] == "interrupted":
-            error = Interrupted(f"interrupted after step {outcome['steps']} of {run.plan.total_steps}; its record is {run.folder.path}")
+            error = Interrupted(f"interrupted after step {outcome['steps']} of {run.plan.total_steps}{_way_on(run)}")
     except KeyboardInterrupt:
-        error = Interrupted(f"interrupted at once; its record is {run.folder.path}")
+        error = Interrupted(f"interrupted at once{_way_on(run)}")
     except Exception as failure:
         error = _unless_interrupted(_cause(failure, run), run)
     with run.signals.ignored():
-        summary = summarize(run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began)
+        summary = summarize(run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began, run.failures)
         try:
             run.folder.write_summary(summary)
         except TrainkitError as unwritten:  # the disk is full: what filled it is told first
@@ -179,5 +239,15 @@ def _cause(failure: Exception, run: _Run) -> TrainkitError:
 def _unless_interrupted(error: TrainkitError, run: _Run) -> TrainkitError:
     """Batch systems send a signal to the whole process group: what it ended elsewhere was interrupted as well, not failed."""
     if run.signals.taken and error.facts.get("from_outside"):
-        return Interrupted(f"interrupted at once: {error.message}; its record is {run.folder.path}")
+        return Interrupted(f"interrupted at once: {error.message}{_way_on(run)}")
     return error
+
+
+def _way_on(run: _Run) -> str:
+    found = checkpoints.complete(run.folder.path)
+    kept = (
+        f"its checkpoint of step {found[0].step} is kept: --resume --name {run.folder.name} goes on"
+        if found
+        else "it has no checkpoint yet"
+    )
+    return f"; {kept}. Its record is {run.folder.path}"

@@ -22,6 +22,7 @@ from trainkit.cluster.signals import Signals
 from trainkit.errors import UsageError
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
+from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Launch:
     first_weights: Path | None
     address: str | None  # of an existing cluster; None starts a local Ray
     verbose: bool
+    attempt: int = 1  # from 1
+    checkpoint: Checkpoint | None = None  # to go on from
 
 
 def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[], None]) -> dict[str, Any]:
@@ -128,7 +131,7 @@ def _trainer(asked: Launch) -> Any:
         train_loop_config={"job": _job(asked)},
         scaling_config=_scaling_config(asked),
         run_config=RunConfig(
-            name="attempt-1",
+            name=f"attempt-{asked.attempt}",
             storage_path=str(asked.folder.ray),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             logging_config=LoggingConfig(log_level="INFO" if asked.verbose else "ERROR"),
@@ -176,6 +179,8 @@ def _job(asked: Launch) -> Any:
         first_weights=None if asked.first_weights is None else str(asked.first_weights),
         distributors=make_distributors(feedings),
         eval_steps=-(-eval_rows // asked.plan.samples_per_step) if "eval" in feedings else 0,
+        attempt=asked.attempt,
+        checkpoint=asked.checkpoint,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -60,10 +61,16 @@ def environment_settings(recipe: Recipe, local: bool) -> dict[str, str]:
     }
     if not recipe.scaling.use_gpu:
         settings["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that it sees
-    if local and "ray" not in sys.modules:  # an imported Ray has read its token already, and makes one for all runs of this user
+    if local and (token := _own_token()) is not None:
         settings["RAY_AUTH_MODE"] = "token"  # other users of this machine cannot send tasks to this Ray
-        settings["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this run alone, inherited and never written to a file
+        settings["RAY_AUTH_TOKEN"] = token  # inherited and never written to a file
     return settings
+
+
+@functools.cache
+def _own_token() -> str | None:
+    """Of this process: Ray reads it once. None if Ray was imported before: it has read its token, one for all runs of this user."""
+    return None if "ray" in sys.modules else secrets.token_hex(32)
 
 
 @contextlib.contextmanager

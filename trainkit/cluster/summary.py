@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from trainkit.cluster.faults import Failure
 from trainkit.errors import TrainkitError
 from trainkit.planning.planner import Plan
 
@@ -15,6 +17,7 @@ def summarize(
     outcome: Mapping[str, Any],
     error: TrainkitError | None,
     wall_seconds: float,
+    failures: Sequence[Failure] = (),
 ) -> dict[str, Any]:
     """`outcome` is rank 0's, empty if it left none. `seconds` counts optimizer steps alone, `wall_seconds` the whole command."""
     samples, tokens, seconds, waited = (sum(step[key] for step in steps) for key in ("samples", "tokens", "seconds", "data_wait_seconds"))
@@ -33,7 +36,8 @@ def summarize(
         "mfu": outcome.get("mfu"),
         "peak_memory_gib": steps[-1]["peak_memory_gib"] if steps else None,
         "data_wait_fraction": _rate(waited, seconds),
-        "restarts": 0,
+        "restarts": len(failures) - (error is not None and bool(failures)),
+        "failures": [asdict(failure) for failure in failures],
         "world_size": plan.world_size,
         "zero_stage": plan.zero_stage,
         "offload": {"optimizer": plan.offload_optimizer, "param": plan.offload_param},

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,23 @@ import torch.distributed as dist
 from trainkit.data.distributor import Distributors, WireCall
 from trainkit.data.encoding import DEFAULT_LENGTH
 from trainkit.data.feed import Feed, MicroBatch, Padding, Source
-from trainkit.data.order import chain
+from trainkit.data.order import chain, epoch_of_step
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer
 from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
 from trainkit.inference.export import export_model, move_model
 from trainkit.inference.predict import Rank, load_plain
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
-from trainkit.runs.folder import Lock, RunFolder, StepLog
+from trainkit.runs.checkpoints import Checkpoint, sha256
+from trainkit.runs.folder import PREDECESSOR_SECONDS, Lock, RunFolder, StepLog
 from trainkit.training import loop
 from trainkit.training.board import Board, SilentBoard, TensorBoard
+from trainkit.training.checkpoint import Saver, read_state, restore
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.meters import StepRecord, as_json
 from trainkit.training.model import build_model, check_packing
 
 _ANSWER_SECONDS = 5
-_PREDECESSOR_SECONDS = 30  # a rank 0 whose command was killed went on writing for 1.8 s
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Job:
     first_weights: str | None
     distributors: Distributors
     eval_steps: int  # optimizer-step-sized pieces of the evaluation set; 0 without one
+    attempt: int = 1  # from 1: how often the group was started
+    checkpoint: Checkpoint | None = None  # to go on from
 
 
 def run_worker(job: Job) -> dict[str, Any] | None:
@@ -78,14 +82,17 @@ class Worker:
         self.device = ray.train.torch.get_device() if job.plan.use_gpu else torch.device("cpu")
         self.tokenizer = load_tokenizer(job.recipe).tokenizer
         self.feeds = {"train": self._feed("train", job.plan.total_steps), "eval": self._feed("eval", job.eval_steps)}
+        before = {} if job.checkpoint is None else read_state(job.checkpoint)
+        self.begin = loop.Outcome(**before.get("outcome", {}))
+        self.step, self.order = self.begin.steps, before.get("order", "")
         self.board: Board = SilentBoard()
         self.log: StepLog | None = None
         self.lock: Lock | None = None
         if self.rank == 0:
-            self.lock = self.folder.lock("rank-0", wait_seconds=_PREDECESSOR_SECONDS)
-            self.board = TensorBoard(self.folder.path / "tensorboard", job.plan.use_gpu)
+            self.lock = self.folder.lock("rank-0", wait_seconds=PREDECESSOR_SECONDS)
+            self.board = TensorBoard(self.folder.path / "tensorboard", job.plan.use_gpu, self.step)
             self.log = StepLog(self.folder)
-        self.step, self.order = 0, ""
+        self.saver = Saver(self.folder.path, str(job.attempt), job.recipe.train.save_total_limit)
         self.examples: dict[int, list[dict[str, str]]] = {}  # by the step of their evaluation
 
     def run(self) -> dict[str, Any] | None:
@@ -96,14 +103,19 @@ class Worker:
         if self.recipe.data.packing:
             with engine.evaluating():
                 check_packing(engine.logits, self.feeds["train"].micro_batches(1).micro_batches[0])
+        if self.job.checkpoint is not None:
+            self.phase(f"going on from step {self.step}")
+            restore(engine, self.job.checkpoint, self.feeds["train"].micro_batches(min(self.step + 1, self.plan.total_steps)))
         self.phase("training")
         around = loop.Surroundings(
             report=self.report,
             evaluate=lambda step: self.evaluate(engine, step),
             keep_best=lambda step: self.keep_best(engine),
+            save=lambda outcome: self.save(engine, outcome),
             stop_requested=self.folder.stop_requested,
         )
-        outcome = loop.train(engine, self.feeds["train"], self.plan, self.recipe, around)
+        outcome = loop.train(engine, self.feeds["train"], self.plan, self.recipe, around, self.begin)
+        self.saver.wait()
         examples = self.finish(engine, outcome) if outcome.status == "completed" else []
         if self.rank != 0:
             return None
@@ -151,6 +163,28 @@ class Worker:
         if self.recipe.train.load_best_model_at_end:
             self.phase("keeping the best model")
             self.export(engine, self.folder.path / ".best")
+
+    def save(self, engine: Engine, outcome: loop.Outcome) -> None:
+        self.phase("saving a checkpoint")
+        stall = self.saver.save(engine, outcome.steps, self.state(outcome), outcome.best_step)
+        self.board.checkpoint(outcome.steps, stall)
+        self.phase("training")
+
+    def state(self, outcome: loop.Outcome) -> dict[str, Any]:
+        """What state.json says beside the counters. The recipe hash is that of recipe.yaml, as this attempt began."""
+        plan, rows = self.plan, TokenArrays.open(self.job.prepared.train).rows
+        epoch, first = epoch_of_step(rows, plan.samples_per_step, outcome.steps)
+        return {
+            "epoch": epoch,
+            "samples": epoch * rows + min(rows, first + plan.samples_per_step),
+            "order": self.order,
+            "outcome": asdict(outcome) | {"status": "completed"},
+            "data": self.job.prepared.key,
+            "recipe_sha256": sha256(self.folder.path / "recipe.yaml"),
+            "layout": {"num_workers": plan.world_size, "zero_stage": plan.zero_stage, "offload_optimizer": plan.offload_optimizer,
+                       "offload_param": plan.offload_param, "micro_batches": plan.micro_batches_per_step},
+            "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "ray")},
+        }  # fmt: skip
 
     def export(self, engine: Engine, folder: Path) -> None:
         export_model(engine, self.tokenizer, folder, self.recipe, self.example_batch())
@@ -204,6 +238,7 @@ class Worker:
             self.folder.write_phase(text)
 
     def close(self) -> None:
+        self.saver.close()
         for feed in self.feeds.values():
             feed.close()
         if self.log is not None:

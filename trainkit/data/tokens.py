@@ -53,6 +53,11 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
     report: dict[str, SplitReport] = field(default_factory=dict)  # by train and eval
 
+    @property
+    def key(self) -> str:
+        """Of the training rows' content: data, templates, tokenizer and limits."""
+        return Path(self.train).name
+
 
 def prepare(recipe: Recipe, progress: Progress | None = None, spread: Spread = chunks.here) -> Prepared:
     """Tokenize what is not tokenized yet. `progress(done, total)` counts rows over both splits; `spread` says which processes encode.

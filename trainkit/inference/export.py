@@ -24,7 +24,7 @@ from trainkit.errors import ExportMismatch, TrainingError, TrainkitError, UsageE
 from trainkit.inference.predict import exported_tokenizer, load_plain, load_run_model, open_run
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.folder import write_whole
-from trainkit.training.model import DTYPES, TASKS, base_model
+from trainkit.training.model import DTYPES, TASKS, base_model, persistent_buffers
 
 if TYPE_CHECKING:
     from trainkit.training.engine import Engine
@@ -48,7 +48,7 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path, recipe: Recipe, b
     whole = {name: tensor for name, tensor in engine.whole_parameters() if tensor is not None}
     verdict: list[TrainkitError | None] = [None]
     if dist.get_rank() == 0:
-        whole |= persistent_buffers(engine.model)
+        whole |= _buffers(engine.model)
         device = torch.device("cpu") if engine.plan.zero_stage == 3 else _roomy_device(whole, batch)
         verdict = [
             _error_of(lambda: _write_and_check(engine.model, whole, tokenizer, folder, recipe, moved(batch, device), logits), folder)
@@ -84,7 +84,7 @@ def check_exported(folder: Path, recipe: Recipe, whole: Tensors, batch: MicroBat
         loaded = load_plain(folder, recipe.model.task, recipe.model.precision)
     except Exception as error:  # each format fails in its own way, and all mean that the user cannot load it
         raise ExportMismatch(f"{folder}: transformers cannot load the exported model: {error}", what="loading") from error
-    compare_tensors(folder, dict(loaded.named_parameters()) | persistent_buffers(loaded), whole)
+    compare_tensors(folder, dict(loaded.named_parameters()) | _buffers(loaded), whole)
     task = TASKS[recipe.model.task]
     with torch.no_grad():
         again = task.logits(loaded.to(batch.input_ids.device), batch).float().cpu()
@@ -152,11 +152,8 @@ def merge_adapter(run: Path) -> Path:
     return target
 
 
-def persistent_buffers(model: Any) -> Tensors:
-    """Copies on the CPU of the buffers that belong to a model's weights, such as Marian's final_logits_bias."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {name: value for name, value in model.state_dict().items() if name not in parameters and isinstance(value, torch.Tensor)}
-    return {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
+def _buffers(model: Any) -> Tensors:
+    return {name: buffer.detach().to("cpu", copy=True) for name, buffer in persistent_buffers(model).items()}
 
 
 def _write_and_check(

@@ -21,7 +21,6 @@ CPU_TOKENS = 4096
 LENGTH_STEP = 8  # padded lengths are multiples of it, as in data/batches.py, which stands above this room
 ACTIVATION_SHARE = 0.8  # of what the model states leave free: the rest is the allocator's, the kernels' and the communicator's
 DEFAULT_LENGTH = 512
-_NOT_YET = {"train": ("save_steps", "save_total_limit"), "run": ("max_failures",)}
 
 
 @dataclass(frozen=True)
@@ -255,9 +254,6 @@ def _room(memory_bytes: int, memory: Memory) -> int:
 
 def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _Batch, hardware: Hardware) -> tuple[str, ...]:
     notes = list(batch.notes)
-    unused = [f"{name}.{key}" for name, keys in _NOT_YET.items() for key in keys if key in getattr(recipe, name).model_fields_set]
-    if unused:
-        notes.append(f"this version writes no checkpoints: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect yet")
     if recipe.batch.samples < _world_size(recipe):
         notes.append(f"{recipe.batch.samples} samples a step for {_world_size(recipe)} workers: some train an empty micro-batch")
     if zero.unused:

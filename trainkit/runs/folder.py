@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from typing import IO, Any
 
 from trainkit.errors import UsageError
 
+PREDECESSOR_SECONDS = 30.0  # to wait for: a rank 0 whose command was killed went on writing for 1.8 s
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -96,6 +98,9 @@ class RunFolder:
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         self._write("plan.json", _pretty(plan))
 
+    def read_plan(self) -> dict[str, Any]:
+        return json.loads((self.path / "plan.json").read_text("utf-8"))
+
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         self._write("environment.json", _pretty(environment))
 
@@ -123,6 +128,12 @@ class RunFolder:
             return []
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
+    def keep_steps(self, done: int) -> None:
+        """Take out the steps after `done`, which an earlier attempt took and no checkpoint has kept."""
+        if self.steps_path.exists():
+            kept = [json.dumps(step) + "\n" for step in self.read_steps() if step["step"] <= done]
+            write_whole(self.steps_path, "".join(kept))
+
     # -- what driver and workers tell each other -------------------------------------------------------------------------------------
 
     def write_phase(self, text: str) -> None:
@@ -134,6 +145,15 @@ class RunFolder:
             return (self.ray / "phase").read_text("utf-8")
         except FileNotFoundError:
             return ""
+
+    def begin_attempt(self) -> int:
+        """Forget what an earlier attempt left behind for the driver; returns the new attempt's number, from 1."""
+        shutil.rmtree(self.ray / "errors", ignore_errors=True)
+        (self.ray / "errors").mkdir(parents=True)
+        for name in ("stop", "phase"):
+            (self.ray / name).unlink(missing_ok=True)
+        (self.path / "summary.json").unlink(missing_ok=True)
+        return 1 + sum(1 for _ in self.ray.glob("attempt-*"))
 
     def request_stop(self) -> None:
         """Ask all ranks to end at the same optimizer step."""

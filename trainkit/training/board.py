@@ -13,6 +13,7 @@ from trainkit.units import gib
 class Board(Protocol):
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, step: int, values: Mapping[str, float]) -> None: ...
+    def checkpoint(self, step: int, stall_seconds: float) -> None: ...
     def close(self) -> None: ...
 
 
@@ -21,16 +22,17 @@ class SilentBoard:
 
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, step: int, values: Mapping[str, float]) -> None: ...
+    def checkpoint(self, step: int, stall_seconds: float) -> None: ...
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Scalars over optimizer steps, in <run>/tensorboard."""
+    """Scalars over optimizer steps, in <run>/tensorboard. `done`: steps that stay when a run is resumed; later points are hidden."""
 
-    def __init__(self, folder: Path, use_gpu: bool):
+    def __init__(self, folder: Path, use_gpu: bool, done: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), flush_secs=10)
+        self.writer = SummaryWriter(str(folder), flush_secs=10, purge_step=done + 1 if folder.exists() else None)
         self.use_gpu = use_gpu
 
     def step(self, record: StepRecord) -> None:
@@ -40,6 +42,9 @@ class TensorBoard:
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(f"eval/{name}", value, step)
+
+    def checkpoint(self, step: int, stall_seconds: float) -> None:
+        self.writer.add_scalar("time/checkpoint_stall_seconds", stall_seconds, step)
 
     def close(self) -> None:
         self.writer.close()

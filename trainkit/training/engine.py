@@ -7,7 +7,8 @@ an optimizer step. After building, the engine is asked back what it applies; any
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -15,10 +16,14 @@ import torch
 import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 
-from trainkit.data.feed import MicroBatch
+from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.errors import PlanMismatch
 from trainkit.planning.planner import Plan
-from trainkit.training.model import DTYPES, TASKS
+from trainkit.training.model import DTYPES, TASKS, persistent_buffers
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+STATES = (WEIGHT, *MOMENTS)  # of a trained parameter, all fp32: the optimizer's own weight and AdamW's two moments
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Partitioning:
@@ -52,6 +57,8 @@ class Engine:
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=plan.ds_config, dist_init_required=False)
         self.trainable = trainable
         self._own_norm: torch.Tensor | None = None
+        if self._optimizer_state:  # stages 0 and 3 make the states by a step on zeros, which must not count in the bias correction
+            self._count_from(0)
         _check_applied(self.ds, plan)
 
     @property
@@ -107,9 +114,126 @@ class Engine:
                 whole = parameter.detach().to("cpu", DTYPES[self.plan.precision], copy=True) if rank == 0 else None
             yield name, whole
 
+    def optimizer_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """(parameter's name, one of STATES, whole fp32 tensor on the device) of every trained parameter, after a step.
+
+        All ranks must walk through it together. One tensor at a time is whole.
+        """
+        for name, parameter in self._trained():
+            for state in STATES:
+                yield name, state, self._own(parameter)[state].detach() if self._holds_all else _whole(parameter, state)
+
+    def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor on the device) of every parameter that is not trained. All ranks must walk through it together."""
+        self.ds.empty_partition_cache()
+        for name, parameter in self.ds.module.named_parameters():
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    yield name, parameter.detach()
+
+    def counters(self) -> dict[str, float]:
+        """What the optimizer and fp16's search for a loss scale have counted: plain numbers, the same on all ranks."""
+        found = {"optimizer_steps": float(next(state["step"] for state in self._optimizer_state.values() if "step" in state))}
+        return found | {name: float(getattr(self._scaler, name)) for name in self._scaler_counters}
+
+    def restore(self, read: Callable[[str, str], torch.Tensor], counters: dict[str, float], batch: StepBatch) -> None:
+        """Take over the states of another engine, whatever its layout. All ranks must call it.
+
+        read(parameter's name, one of STATES) gives a whole fp32 tensor. DeepSpeed makes its states in the first step, so `batch`, any
+        step's, is trained first, with a loss of 0 and a learning rate of 0.
+        """
+        for micro in batch.micro_batches:
+            self.backward(self.sum_loss(micro) * 0.0, batch.label_tokens, last=micro is batch.micro_batches[-1])
+        self.step(0.0)
+        self.ds.empty_partition_cache()
+        for name, parameter in self._trained():
+            values = {state: read(name, state).to(self.device) for state in STATES}
+            for state, value in values.items():
+                if self._holds_all:
+                    self._own(parameter)[state].data.copy_(value)
+                elif state == WEIGHT:
+                    deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+                else:
+                    deepspeed.utils.safe_set_full_optimizer_state(parameter, value, state)
+            self._write(parameter, values[WEIGHT])
+        self._count_from(int(counters["optimizer_steps"]))
+        for name in self._scaler_counters & counters.keys():
+            setattr(self._scaler, name, type(getattr(self._scaler, name))(counters[name]))
+
+    def restore_frozen(self, read: Callable[[str], torch.Tensor]) -> None:
+        """Write the parameters that are not trained, and the persistent buffers, from whole tensors. All ranks must call it."""
+        for name, parameter in self.ds.module.named_parameters():
+            if not parameter.requires_grad:
+                self._write(parameter, read(name))
+        for name, buffer in persistent_buffers(self.ds.module).items():
+            buffer.copy_(read(name))
+
     def close(self) -> None:
         """Free what DeepSpeed holds."""
         self.ds.destroy()
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self.ds.module.named_parameters() if parameter.requires_grad)
+
+    @property
+    def _holds_all(self) -> bool:
+        """Whether every rank holds the optimizer's whole state, and DeepSpeed has no verb for it."""
+        return self.plan.zero_stage == 0
+
+    @property
+    def _optimizer_state(self) -> Any:
+        return self.ds.basic_optimizer.state
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.ds.optimizer, "loss_scaler", self.ds.optimizer)
+
+    @property
+    def _scaler_counters(self) -> set[str]:
+        return {name for name in _SCALER if self.plan.precision == "fp16" and hasattr(self._scaler, name)}
+
+    def _own(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """A parameter's states where this rank holds them whole, beside its fp32 weight: its own, or that in DeepSpeed's optimizer."""
+        weight = parameter if self.plan.precision == "fp32" else self._masters[parameter]
+        return {WEIGHT: weight.data, **{moment: self._optimizer_state[weight][moment] for moment in MOMENTS}}
+
+    @functools.cached_property
+    def _masters(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The fp32 weight of each parameter of a lower precision, without partitioning."""
+        optimizer = self.ds.optimizer
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {parameter: master for own, masters in groups for parameter, master in zip(own, masters, strict=True)}
+
+    def _write(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+        """The parameter that forward and backward see, in its own precision."""
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")), torch.no_grad():
+            if not hasattr(parameter, "ds_id") or dist.get_rank() == 0:
+                parameter.copy_(value)
+
+    def _count_from(self, steps: int) -> None:
+        """Set AdamW's count of steps, from which it corrects its moments' bias."""
+        for state in self._optimizer_state.values():
+            if "step" in state:
+                state["step"] = torch.full_like(state["step"], steps) if torch.is_tensor(state["step"]) else steps
+        if self.plan.offload_optimizer:
+            _replay_cpu_adam(self.ds.basic_optimizer, steps)
+
+
+def _whole(parameter: torch.nn.Parameter, state: str) -> torch.Tensor:
+    if state == WEIGHT:
+        return deepspeed.utils.safe_get_full_fp32_param(parameter)
+    return deepspeed.utils.safe_get_full_optimizer_state(parameter, state)
+
+
+def _replay_cpu_adam(optimizer: Any, steps: int) -> None:
+    """CPUAdam keeps beta^t in fp32, multiplied step by step; a jump computes it anew, and its last bits differ. So the steps are repeated,
+    on a tensor that nobody needs."""
+    group = optimizer.param_groups[0]
+    nothing = [torch.zeros(16) for _ in range(4)]
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"], *nothing
+        )
 
 
 def _check_applied(ds: Any, plan: Plan) -> None:

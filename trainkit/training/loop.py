@@ -37,15 +37,16 @@ class Surroundings:
     report: Callable[[StepRecord], None]  # from a thread, as soon as a step's numbers are there
     evaluate: Callable[[int], dict[str, float]]  # step to {"loss": ..., metric: ...}
     keep_best: Callable[[int], None]  # the weights of now are the best so far
+    save: Callable[[Outcome], None]  # the state after outcome.steps steps
     stop_requested: Callable[[], bool]
 
 
 @dataclass
 class Outcome:
-    """What is left of a run on this rank."""
+    """What is left of a run on this rank, and what a resumed one begins with."""
 
     status: str = "completed"  # completed | interrupted
-    steps: int = 0
+    steps: int = 0  # that are done
     evaluation: dict[str, float] | None = None  # the last one
     best_step: int | None = None
     best_value: float | None = None
@@ -54,15 +55,16 @@ class Outcome:
     stopped_early: bool = False
 
 
-def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Surroundings) -> Outcome:
-    """Train plan.total_steps optimizer steps.
+def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Surroundings, outcome: Outcome | None = None) -> Outcome:
+    """Train up to plan.total_steps optimizer steps, from the step after those of `outcome`.
 
     Raises NonFiniteError, one step late at most, when a loss is not finite or DeepSpeed skipped a step.
     """
-    outcome = Outcome()
+    outcome = outcome or Outcome()
+    saved = outcome.steps
     ledger = StepLedger(engine.device, plan.world_size, around.report)
     with contextlib.closing(ledger):
-        for step in range(1, plan.total_steps + 1):
+        for step in range(outcome.steps + 1, plan.total_steps + 1):
             began = time.perf_counter()
             batch = feed.micro_batches(step)
             data_wait = time.perf_counter() - began
@@ -80,7 +82,14 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
                 _evaluate(step, recipe, around, outcome)
                 if outcome.stopped_early:
                     break
+            if save_due(step, plan):
+                if _stops(ledger.flush(), plan, outcome):
+                    break
+                around.save(outcome)
+                saved = step
         _stops(ledger.flush(), plan, outcome)
+    if outcome.steps > saved:
+        around.save(outcome)
     if outcome.steps == plan.total_steps:
         outcome.status = "completed"  # a stop that came with the last step has nothing left to stop
     return outcome
@@ -102,6 +111,10 @@ def forward_and_backward(engine: Engine, batch: StepBatch, seed: int) -> torch.T
 
 def evaluation_due(step: int, plan: Plan) -> bool:
     return plan.eval_every > 0 and (step % plan.eval_every == 0 or step == plan.total_steps)
+
+
+def save_due(step: int, plan: Plan) -> bool:
+    return plan.save_every > 0 and step % plan.save_every == 0
 
 
 def _stops(record: StepRecord | None, plan: Plan, outcome: Outcome) -> bool:

@@ -97,6 +97,12 @@ def base_model(model: torch.nn.Module) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong to a model's weights, such as Marian's final_logits_bias, by name."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in model.state_dict().items() if name not in parameters and isinstance(value, torch.Tensor)}
+
+
 def load_config(recipe: Recipe, label_names: Sequence[str] | None = None) -> Any:
     """The model's config.json; raises DataError when it is not there, is not a model's, or lacks the task's head."""
     labels: dict[str, Any] = {}

@@ -1,0 +1,134 @@
+"""Processes that are killed, and a run that is interrupted and resumed: nothing is lost, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from test_actor import waited_for
+from test_launch import alive, family, started, summary, wait_for_steps
+
+from trainkit.runs import checkpoints
+from trainkit.runs.folder import RunFolder
+
+STEPS = 60
+RUN = ["--set", f"train.max_steps={STEPS}", "--set", "train.save_steps=8", "--set", "data.eval=null", "--set", "train.metrics=[]",
+       "--set", "batch.samples=32"]  # fmt: skip
+Kill = Callable[[RunFolder, list[psutil.Process]], None]
+
+
+def trained(folder: RunFolder) -> list[dict[str, Any]]:
+    """What must not depend on what happened meanwhile."""
+    return [{key: step[key] for key in ("step", "loss", "grad_norm", "lr", "samples", "order")} for step in folder.read_steps()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
+    """The steps of a run under a ZeRO configuration that nobody touched."""
+
+    @cache
+    def run(zero: str) -> list[dict[str, Any]]:
+        runs = tmp_path_factory.mktemp(zero)
+        with started(runs, [*RUN, "--set", f"zero={zero}"]) as process:
+            _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        return trained(RunFolder(runs / "it"))
+
+    return run
+
+
+def ranks(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """The worker processes in the order of their start, which is that of their ranks."""
+    found = [process for process in processes if any("RayTrainWorker" in word for word in process.cmdline())]
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def kill_first(folder: RunFolder, processes: list[psutil.Process]) -> None:
+    ranks(processes)[0].kill()
+
+
+def kill_last(folder: RunFolder, processes: list[psutil.Process]) -> None:
+    ranks(processes)[-1].kill()
+
+
+def kill_in_a_save(folder: RunFolder, processes: list[psutil.Process]) -> None:
+    workers = ranks(processes)
+    root = folder.path / "checkpoints"
+
+    def half_written() -> bool:
+        return any(path.is_dir() and not (path / checkpoints.MANIFEST).exists() for path in root.iterdir()) if root.exists() else False
+
+    waited_for(half_written, every=0.001)
+    for worker in workers:
+        worker.kill()
+
+
+@pytest.mark.parametrize("zero", ["zero3", pytest.param("zero1", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow)])
+def test_killed_workers_change_nothing(undisturbed: Callable[[str], list[dict[str, Any]]], tmp_path: Path, zero: str) -> None:
+    """One rank, the other, and both in the middle of a save, with dropout."""
+    folder, told = RunFolder(tmp_path / "it"), 0
+    with started(tmp_path, [*RUN, "--set", f"zero={zero}"]) as process:
+        for steps, kill in ((10, kill_first), (20, kill_last), (30, kill_in_a_save)):
+            waited_for(lambda steps=steps: len(folder.read_steps()) >= steps and len(ranks(family(process))) == 2, seconds=100)
+            kill(folder, family(process))
+            told += 1
+            waited_for(lambda told=told: len(list(folder.ray.glob("attempt-*"))) > told, seconds=100)
+        out, err = process.communicate(timeout=200)
+        workers = family(process)
+    assert process.returncode == 0, out + err
+    assert trained(folder) == undisturbed(zero)
+    assert out.count("killed by a signal") == 3 and "restart 3 of at most 3" in out and "Traceback" not in out + err
+    found = summary(folder)
+    assert (found["status"], found["restarts"], found["steps"]) == ("completed", 3, STEPS)
+    assert [failure["from_outside"] for failure in found["failures"]] == [True] * 3
+    assert alive(workers) == [] and (folder.path / "model").is_dir()
+    assert points(folder) == list(range(1, STEPS + 1)), "TensorBoard shows each step once"
+    kept = checkpoints.complete(folder.path)
+    assert [checkpoint.step for checkpoint in kept] == [STEPS, 56] and not list((folder.path / "checkpoints").glob("*/.part*"))
+    for checkpoint in kept:
+        checkpoint.check()
+
+
+def points(folder: RunFolder) -> list[int]:
+    """Steps of the loss curve as TensorBoard's own reader gives them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder.path / "tensorboard"), purge_orphaned_data=True)
+    events.Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
+def test_ctrl_c_saves_and_resume_goes_on_with_other_workers(undisturbed: Callable[[str], list[dict[str, Any]]], tmp_path: Path) -> None:
+    folder, zero3 = RunFolder(tmp_path / "it"), ["--set", "zero=zero3"]
+    with started(tmp_path, [*RUN, *zero3]) as process:
+        wait_for_steps(folder, process, 20)
+        workers = family(process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and alive(workers) == []
+    found = summary(folder)
+    assert found["status"] == "interrupted" and found["steps"] == len(folder.read_steps()) >= 20
+    assert f"interrupted after step {found['steps']} of {STEPS}" in err and "--resume --name it" in err
+    assert checkpoints.complete(folder.path)[0].step == found["steps"]
+    with started(tmp_path, [*RUN, *zero3, "--resume", "--set", "optimizer.lr=1.0e-5", "--set", "train.seed=1"]) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "optimizer.lr" in err and "train.seed" in err
+    other = ["--set", "zero=zero1", "--set", "scaling.num_workers=1", "--set", "batch.samples_per_device=16"]
+    with started(tmp_path, [*RUN, *other, "--resume"]) as process:
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and f"going on from step {found['steps']}" in out, out + err
+    same, steps = undisturbed("zero3"), trained(folder)
+    assert [step["order"] for step in steps] == [step["order"] for step in same]
+    assert steps[: found["steps"]] == same[: found["steps"]]
+    assert [step["lr"] for step in steps] == [step["lr"] for step in same]
+    with started(tmp_path, [*RUN, *other, "--resume"]) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "is complete after 60 steps" in err
+    assert json.loads((folder.path / "summary.json").read_text())["status"] == "completed"

@@ -1,0 +1,278 @@
+"""Which run goes on, and what of its recipe may change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainkit.cluster.resume import LAYOUT, check_unfinished, resumed_recipe, run_to_resume
+from trainkit.errors import UsageError
+from trainkit.recipe.reader import read_recipe, recipe_to_yaml
+from trainkit.recipe.schema import Recipe
+from trainkit.runs.folder import RunFolder
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+BEST = "train.metric_for_best_model=loss"  # which early stopping asks for
+BUDGET = 4096  # that the plan chose
+CHANGES = {  # of each key of the layout
+    "name": "name=other",
+    "scaling": "scaling.num_workers=3",
+    "zero": "zero=zero3",
+    "run": "run.max_failures=7",
+    "batch.tokens_per_device": "batch.tokens_per_device=777",
+    "batch.samples_per_device": "batch.samples_per_device=8",
+    "model.gradient_checkpointing": "model.gradient_checkpointing=true",
+    "train.max_steps": "train.max_steps=1000",
+    "train.epochs": "train.epochs=9",
+    "train.eval_steps": "train.eval_steps=0.5",
+    "train.save_steps": "train.save_steps=10",
+    "train.save_total_limit": "train.save_total_limit=1",
+    "train.early_stopping_patience": "train.early_stopping_patience=3",
+}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def asked(storage: Path, *overrides: str) -> Recipe:
+    return read_recipe(QUICKSTART, [f"run.storage_path={storage}", BEST, *overrides])
+
+
+def begun(recipe: Recipe, name: str | None = None, age: int = 0, budget: int | None = BUDGET) -> RunFolder:
+    """A run of it, begun `age` seconds ago and killed."""
+    folder = RunFolder.create(recipe.run.storage_path, recipe.name, name)
+    folder.write_recipe(recipe_to_yaml(recipe))
+    folder.write_plan({"tokens_per_device": budget})
+    written = folder.path / "recipe.yaml"
+    now = written.stat().st_mtime
+    os.utime(written, (now - age, now - age))
+    return folder
+
+
+def completed(folder: RunFolder, steps: int = 470, **facts: Any) -> RunFolder:
+    folder.write_summary({"status": "completed", "steps": steps, **facts})
+    return folder
+
+
+def leaves(mapping: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+# -- which run -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_names_the_run_whatever_its_recipe_is_called_and_whether_it_ended(storage: Path) -> None:
+    recipe = asked(storage)
+    completed(begun(asked(storage, "name=other"), "mine"))
+    begun(recipe)
+    assert run_to_resume(recipe, QUICKSTART, "mine").path == storage / "mine"
+
+
+@pytest.mark.parametrize("name", ["../runs/mine", "/etc", "a/b", "..", "", ".hidden", "mine/"])
+def test_a_name_that_is_a_path_is_refused(storage: Path, name: str) -> None:
+    begun(asked(storage), "mine")
+    with pytest.raises(UsageError, match="run name"):
+        run_to_resume(asked(storage), QUICKSTART, name)
+
+
+def test_a_name_of_no_run_is_refused(storage: Path) -> None:
+    (storage / "empty").mkdir(parents=True)
+    for name in ("empty", "nowhere"):
+        with pytest.raises(UsageError, match=rf"{storage / name} is no run folder\. Leave --resume away"):
+            run_to_resume(asked(storage), QUICKSTART, name)
+
+
+def test_a_run_folders_own_recipe_names_its_run(storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = begun(asked(storage), age=100)
+    begun(asked(storage))
+    path = folder.path / "recipe.yaml"
+    elsewhere = read_recipe(path, [f"run.storage_path={tmp_path / 'elsewhere'}"])
+    assert run_to_resume(elsewhere, path, None).path == folder.path
+    monkeypatch.chdir(folder.path)
+    assert run_to_resume(elsewhere, Path("recipe.yaml"), None).path == folder.path
+
+
+def test_a_name_wins_over_the_folder_of_the_recipe(storage: Path) -> None:
+    folder, other = begun(asked(storage)), begun(asked(storage))
+    assert run_to_resume(asked(storage), folder.path / "recipe.yaml", other.name).path == other.path
+
+
+def test_a_recipe_that_is_called_recipe_and_lies_in_no_run_is_one_as_any_other(storage: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(QUICKSTART.read_text())
+    recipe = read_recipe(path, [f"run.storage_path={storage}"])
+    folder = begun(recipe)
+    assert run_to_resume(recipe, path, None).path == folder.path
+
+
+def test_without_a_name_the_newest_unfinished_run_of_the_recipes_name_goes_on(storage: Path) -> None:
+    recipe = asked(storage)
+    begun(recipe, age=300)
+    failed, interrupted = begun(recipe, "named", age=100), begun(recipe, age=200)
+    failed.write_summary({"status": "failed", "steps": 470})
+    interrupted.write_summary({"status": "interrupted", "steps": 9})
+    completed(begun(recipe))
+    begun(asked(storage, "name=quickstart-2"))
+    (storage / ".cache").mkdir()
+    (storage / "quickstart-99").mkdir()
+    (storage / "a-file").write_text("")
+    assert run_to_resume(recipe, QUICKSTART, None).path == failed.path
+
+
+def test_if_no_run_of_the_recipe_is_unfinished_that_is_said(storage: Path) -> None:
+    with pytest.raises(UsageError, match=rf"no unfinished run of quickstart lies in {storage}\. Name one with --name"):
+        run_to_resume(asked(storage), QUICKSTART, None)
+    completed(begun(asked(storage)))
+    begun(asked(storage, "name=other"))
+    with pytest.raises(UsageError, match="no unfinished run of quickstart"):
+        run_to_resume(asked(storage), QUICKSTART, None)
+
+
+def test_another_run_whose_recipe_is_read_no_more_does_not_stand_in_the_way(storage: Path) -> None:
+    folder = begun(asked(storage), age=100)
+    of_another_version = begun(asked(storage, "name=other"))
+    of_another_version.write_recipe("name: other\nmodel: {size: huge}\n")
+    assert run_to_resume(asked(storage), QUICKSTART, None).path == folder.path
+
+
+# -- its recipe ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_change_for_each_key_of_the_layout() -> None:
+    assert set(CHANGES) == set(LAYOUT)
+
+
+@pytest.mark.parametrize("key", LAYOUT)
+def test_the_layout_may_change(storage: Path, key: str) -> None:
+    recipe = asked(storage, CHANGES[key])
+    assert recipe != asked(storage)
+    found = resumed_recipe(begun(asked(storage)), recipe)
+    assert found.model_copy(update={"batch": recipe.batch}) == recipe
+
+
+def test_all_of_the_layout_may_change_at_once(storage: Path) -> None:
+    together = [change for key, change in CHANGES.items() if key != "batch.samples_per_device"]
+    recipe = asked(storage, *together)
+    assert resumed_recipe(begun(asked(storage)), recipe) == recipe
+
+
+def test_every_key_that_is_no_layout_is_held(storage: Path) -> None:
+    """Also one that the schema gets tomorrow: until it is called layout, it defines the training."""
+    recipe = asked(storage)
+    folder, free = begun(recipe), set()
+    for path in leaves(recipe.model_dump(mode="json")):
+        changed: Any = "something else"
+        for length in range(len(path) - 1, 0, -1):
+            section: Any = recipe
+            for part in path[:length]:
+                section = section[part] if isinstance(section, dict) else getattr(section, part)
+            changed = section | {path[length]: changed} if isinstance(section, dict) else section.model_copy(update={path[length]: changed})
+        try:
+            resumed_recipe(folder, recipe.model_copy(update={path[0]: changed}))
+        except UsageError as error:
+            assert f"{'.'.join(path)}: began with" in error.message and "is now something else" in error.message
+        else:
+            free.add(".".join(path))
+    layout = {key for key in free if key.split(".")[0] in ("scaling", "run", "zero", "name")}
+    assert free - layout == {key for key in LAYOUT if "." in key}
+    assert len(layout) == 1 + 1 + len(recipe.run.model_dump()) + len(list(leaves(recipe.scaling.model_dump())))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [("model.path=google-t5/t5-small", "is now google-t5/t5-small"), ("data.path=someone/rows", "is now someone/rows"),
+     ("data.source='ask: {question}'", "began with {question}, is now ask: {question}"),
+     ("data.eval=0.1", "began with validation, is now 0.1"), ("train.seed=7", "began with 42, is now 7"),
+     ("batch.samples=32", "began with 64, is now 32"), ("optimizer.lr=0.1", "began with 0.002, is now 0.1"),
+     ("optimizer.betas=[0.9, 0.95]", "began with [0.9, 0.999], is now [0.9, 0.95]"),
+     ("optimizer.warmup_steps=10", "began with 0.1, is now 10"), ("model.precision=bf16", "began with fp32, is now bf16"),
+     ("train.metrics=[]", "began with ['exact_match'], is now []")],
+)  # fmt: skip
+def test_what_defines_the_training_may_not_change(storage: Path, change: str, told: str) -> None:
+    key = change.partition("=")[0]
+    with pytest.raises(UsageError) as caught:
+        resumed_recipe(begun(asked(storage)), asked(storage, change))
+    (line,) = caught.value.message.splitlines()[1:-1]
+    assert line.startswith(f"  {key}: began with ") and line.endswith(told)
+    assert "Write them as they were, or begin a new run without --resume" in caught.value.message
+
+
+def test_all_that_changed_is_named_at_once_and_the_layout_is_not(storage: Path) -> None:
+    recipe = asked(storage, "train.seed=7", "optimizer.lr=0.1", "batch.samples=32", "scaling.num_workers=3", "train.epochs=9")
+    with pytest.raises(UsageError) as caught:
+        resumed_recipe(begun(asked(storage)), recipe)
+    keys = [line.partition(":")[0].strip() for line in caught.value.message.splitlines()[1:-1]]
+    assert keys == ["batch.samples", "optimizer.lr", "train.seed"]
+
+
+def test_matrices_that_were_not_there_are_another_training(storage: Path) -> None:
+    with_lora = asked(storage, "model.lora={r: 4}", "model.weights=pretrained")
+    with pytest.raises(UsageError, match=r"model\.lora\.r: began with 4, is now None"):
+        resumed_recipe(begun(with_lora), asked(storage, "model.weights=pretrained"))
+    with pytest.raises(UsageError, match=r"model\.lora\.r: began with None, is now 4"):
+        resumed_recipe(begun(asked(storage, "model.weights=pretrained")), with_lora)
+
+
+def test_the_budget_that_the_plan_chose_stays_while_the_layout_does(storage: Path) -> None:
+    folder, recipe = begun(asked(storage)), asked(storage, "train.epochs=9", "run.max_failures=0")
+    found = resumed_recipe(folder, recipe)
+    assert found.batch.tokens_per_device == BUDGET
+    assert found.model_copy(update={"batch": recipe.batch}) == recipe and recipe.batch.tokens_per_device == "auto"
+
+
+@pytest.mark.parametrize("change", ["scaling.num_workers=1", "zero=zero1", "model.gradient_checkpointing=true"])
+def test_another_layout_gets_a_budget_of_its_own(storage: Path, change: str) -> None:
+    assert resumed_recipe(begun(asked(storage)), asked(storage, change)).batch.tokens_per_device == "auto"
+
+
+@pytest.mark.parametrize("change", ["batch.tokens_per_device=777", "batch.samples_per_device=8"])
+def test_a_budget_that_is_asked_for_wins(storage: Path, change: str) -> None:
+    recipe = asked(storage, change)
+    assert resumed_recipe(begun(asked(storage)), recipe) == recipe
+
+
+def test_a_plan_that_chose_no_budget_leaves_it_to_the_next(storage: Path) -> None:
+    folder = begun(asked(storage, "batch.samples_per_device=8"), budget=None)
+    assert resumed_recipe(folder, asked(storage)) == asked(storage)
+
+
+def test_a_run_killed_before_its_plan_was_written_can_go_on(storage: Path) -> None:
+    folder = begun(asked(storage), "mine")
+    (folder.path / "plan.json").unlink()
+    found = run_to_resume(asked(storage), QUICKSTART, "mine")
+    assert resumed_recipe(found, asked(storage)) == asked(storage)
+
+
+# -- whether there is something to do --------------------------------------------------------------------------------------------------
+
+
+def test_a_complete_run_goes_on_only_for_more_steps(storage: Path) -> None:
+    folder = completed(begun(asked(storage)), steps=1470)
+    check_unfinished(folder, 1471)
+    for total in (1470, 940):
+        with pytest.raises(UsageError, match=r"is complete after 1,470 steps: raise train\.max_steps or train\.epochs"):
+            check_unfinished(folder, total)
+
+
+def test_a_run_that_stopped_early_is_complete(storage: Path) -> None:
+    with pytest.raises(UsageError, match="is complete after 94 steps: it stopped early"):
+        check_unfinished(completed(begun(asked(storage)), steps=94, stopped_early=True), 470)
+    check_unfinished(completed(begun(asked(storage)), steps=94, stopped_early=False), 470)
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted", None])
+def test_a_run_that_did_not_complete_goes_on_even_after_its_last_step(storage: Path, status: str | None) -> None:
+    folder = begun(asked(storage))
+    if status is not None:
+        folder.write_summary({"status": status, "steps": 470})
+    check_unfinished(folder, 470)

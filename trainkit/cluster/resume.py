@@ -1,0 +1,113 @@
+"""Which run goes on, and whether the recipe is still the one that it began with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainkit.errors import RecipeError, UsageError
+from trainkit.recipe.reader import read_recipe
+from trainkit.recipe.schema import Recipe
+from trainkit.runs.folder import RunFolder, check_name
+
+LAYOUT = (  # may differ from what the run began with: where and how often, not what is trained
+    "name", "scaling", "zero", "run", "batch.tokens_per_device", "batch.samples_per_device", "model.gradient_checkpointing",
+    "train.max_steps", "train.epochs", "train.eval_steps", "train.save_steps", "train.save_total_limit", "train.early_stopping_patience",
+)  # fmt: skip
+
+
+def run_to_resume(recipe: Recipe, path: Path, name: str | None) -> RunFolder:
+    """The run folder of that name; that of the recipe, if `path` lies in one; else the newest unfinished run of a recipe of this name.
+
+    Raises UsageError if there is none.
+    """
+    storage = Path(recipe.run.storage_path).absolute()
+    if name is not None:
+        folder = storage / check_name(name)
+        if not (folder / "recipe.yaml").is_file():
+            raise UsageError(f"--resume: {folder} is no run folder. Leave --resume away to begin")
+        return RunFolder(folder)
+    if path.name == "recipe.yaml" and (path.parent / "plan.json").is_file():
+        return RunFolder(path.parent.absolute())
+    unfinished = [folder for folder in _runs(storage) if _is_unfinished(folder) and _recipe_name(folder) == recipe.name]
+    if not unfinished:
+        raise UsageError(f"--resume: no unfinished run of {recipe.name} lies in {storage}. Name one with --name, or leave --resume away")
+    return max(unfinished, key=lambda folder: (folder.path / "recipe.yaml").stat().st_mtime_ns)
+
+
+def resumed_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
+    """The recipe to go on with. A budget that the plan once chose stays while the layout does.
+
+    Raises UsageError naming each changed key that defines the training.
+    """
+    before = _began_with(folder)
+    old, new = _flat(before.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_layout(key)]
+    if changed:
+        listed = "\n".join(f"  {key}: began with {old.get(key)}, is now {new.get(key)}" for key in changed)
+        raise UsageError(
+            f"--resume: {folder.path} was begun with another training:\n{listed}\n"
+            "Write them as they were, or begin a new run without --resume"
+        )
+    budget = _budget(folder)
+    if (
+        before.batch.tokens_per_device == recipe.batch.tokens_per_device == "auto"
+        and recipe.batch.samples_per_device is None
+        and budget
+        and _layout(before) == _layout(recipe)
+    ):
+        return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"tokens_per_device": budget})})
+    return recipe
+
+
+def check_unfinished(folder: RunFolder, total_steps: int) -> None:
+    """Raises UsageError if the run is complete and the recipe asks for no more steps."""
+    summary = folder.read_summary()
+    if summary is not None and summary["status"] == "completed" and (summary.get("stopped_early") or summary["steps"] >= total_steps):
+        how = "it stopped early" if summary.get("stopped_early") else "raise train.max_steps or train.epochs to go on"
+        raise UsageError(f"--resume: {folder.path} is complete after {summary['steps']:,} steps: {how}")
+
+
+def _began_with(folder: RunFolder) -> Recipe:
+    return read_recipe(folder.path / "recipe.yaml")
+
+
+def _recipe_name(folder: RunFolder) -> str | None:
+    """None for a recipe that is read no more, of another version or without its ZeRO file: another run's must not stand in the way."""
+    try:
+        return _began_with(folder).name
+    except RecipeError:
+        return None
+
+
+def _budget(folder: RunFolder) -> int | None:
+    """None where the run was killed before its plan was written."""
+    return folder.read_plan().get("tokens_per_device") if (folder.path / "plan.json").is_file() else None
+
+
+def _layout(recipe: Recipe) -> tuple[object, ...]:
+    """What a chosen budget depends on."""
+    return recipe.scaling, recipe.zero, recipe.model.gradient_checkpointing
+
+
+def _runs(storage: Path) -> Iterator[RunFolder]:
+    for path in storage.iterdir() if storage.is_dir() else ():
+        if (path / "recipe.yaml").is_file() and (path / "plan.json").is_file():
+            yield RunFolder(path)
+
+
+def _is_unfinished(folder: RunFolder) -> bool:
+    summary = folder.read_summary()
+    return summary is None or summary["status"] != "completed"
+
+
+def _is_layout(key: str) -> bool:
+    return any(key == layout or key.startswith(f"{layout}.") for layout in LAYOUT)
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return out

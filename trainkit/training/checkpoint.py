@@ -1,0 +1,184 @@
+"""A training's state in files: layout-free and without pickles, so that any ZeRO stage and world size goes on from it, bit for bit.
+
+Every rank writes its share of the whole tensors (parameter i belongs to rank i mod world size):
+
+    states-<rank>-of-<world>.safetensors     "<parameter>/weight", "/exp_avg", "/exp_avg_sq": fp32, of the trained parameters
+    frozen-<rank>-of-<world>.safetensors     parameters that are not trained, in the training precision; with rank 0's, buffers
+    random-<rank>-of-<world>.safetensors     random state of torch, CUDA, numpy and python, as integers
+    state.json                               rank 0: step, epoch, order, evaluations, counters, layout, versions
+
+Copying to the host stalls training; a thread writes (runs/checkpoints.py has the protocol).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from trainkit.data.feed import StepBatch
+from trainkit.errors import TrainingError
+from trainkit.runs import checkpoints
+from trainkit.runs.checkpoints import Checkpoint
+from trainkit.training.model import persistent_buffers
+
+if TYPE_CHECKING:
+    from trainkit.training.engine import Engine
+
+COMMIT_SECONDS = 1800.0  # that rank 0 waits for the files of the others
+_STATE = "state.json"
+Tensors = dict[str, torch.Tensor]
+
+
+class Saver:
+    """One rank's checkpoints of one attempt. Every rank calls `save` at the same steps."""
+
+    def __init__(self, run: Path, attempt: str, keep: int):
+        self.run, self.attempt, self.keep = run, attempt, keep
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
+        self.closed = Event()
+
+    def save(self, engine: Engine, step: int, state: Mapping[str, Any], best: int | None) -> float:
+        """Copy the state to the host and have it written; returns the seconds that training stood still.
+
+        state: what `restore` shall give back. best: the step whose checkpoint stays.
+        Raises TrainingError when the checkpoint before it could not be written.
+        """
+        began = time.perf_counter()
+        self.wait()
+        files = {
+            self._name("states"): _share(((f"{name}/{kind}", it) for name, kind, it in engine.optimizer_states()), len_of_group=3),
+            self._name("random"): random_state(),
+        }
+        buffers = persistent_buffers(engine.model) if self.rank == 0 else {}
+        frozen = _share(engine.frozen(), len_of_group=1) | {name: _on_host(buffer) for name, buffer in buffers.items()}
+        if frozen:
+            files[self._name("frozen")] = frozen
+        facts = {**state, "step": step, "world_size": self.world_size, "counters": engine.counters()}
+        self.writing = self.writer.submit(self._write, checkpoints.checkpoint_path(self.run, step), files, facts, best)
+        return time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Until the last checkpoint is complete. Raises TrainingError when it could not be written."""
+        writing, self.writing = self.writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"the checkpoint cannot be written: {error}. Make room or choose another folder with --runs") from error
+
+    def close(self) -> None:
+        """After `wait` nothing is left to do; without it, what is being written is given up as soon as the other ranks are waited for."""
+        self.closed.set()
+        self.writer.shutdown()
+
+    def _name(self, kind: str) -> str:
+        return f"{kind}-{self.rank}-of-{self.world_size}.safetensors"
+
+    def _write(self, folder: Path, files: Mapping[str, Tensors], facts: Mapping[str, Any], best: int | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tensors in files.items():
+            save_file(tensors, folder / name)
+        if self.rank == 0:
+            (folder / _STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        checkpoints.write_part(folder, self.attempt, self.rank, [*files, *([_STATE] if self.rank == 0 else [])])
+        if self.rank == 0 and checkpoints.commit(
+            folder, self.attempt, self.world_size, {"step": facts["step"]}, COMMIT_SECONDS, self.closed.is_set
+        ):
+            checkpoints.prune(self.run, self.keep, best, newest=facts["step"])
+
+
+def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """state.json. Raises TrainingError if it cannot be read."""
+    try:
+        return json.loads((checkpoint.path / _STATE).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{checkpoint.path}: {_STATE} cannot be read: {error}") from None
+
+
+def restore(engine: Engine, checkpoint: Checkpoint, batch: StepBatch) -> None:
+    """Bring a fresh engine to the checkpoint's state. All ranks call it. Raises TrainingError for files that are no such state."""
+    state = read_state(checkpoint)
+    with Tensorfiles(checkpoint, ("states-", "frozen-")) as files:
+        engine.restore(lambda name, kind: files.read(f"{name}/{kind}"), state["counters"], batch)
+        engine.restore_frozen(files.read)
+    own = f"random-{dist.get_rank()}-of-{dist.get_world_size()}."
+    with Tensorfiles(checkpoint, (own,)) as files:
+        if files.file_of:  # of the same number of workers
+            set_random_state({name: files.read(name) for name in files.file_of})
+
+
+class Tensorfiles:
+    """All tensors of the files whose names begin so, by name, read when asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, beginnings: Iterable[str]):
+        self.checkpoint, self.beginnings, self.stack = checkpoint, tuple(beginnings), ExitStack()
+        self.file_of: dict[str, Any] = {}
+
+    def __enter__(self) -> Tensorfiles:
+        for name in self.checkpoint.files:
+            if name.startswith(self.beginnings):
+                try:
+                    file = self.stack.enter_context(safe_open(self.checkpoint.path / name, framework="pt"))
+                except (OSError, SafetensorError) as error:
+                    raise TrainingError(f"{self.checkpoint.path / name} cannot be read: {error}") from None
+                self.file_of |= dict.fromkeys(file.keys(), file)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stack.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self.file_of:
+            raise TrainingError(f"{self.checkpoint.path} holds no {name}: it is of another model")
+        return self.file_of[name].get_tensor(name)
+
+
+def random_state() -> Tensors:
+    """The state of all generators of this process, as integers."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert version == 3 and kind == "MT19937"
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*map(int, keys), int(position), int(has_gauss)], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state: Tensors) -> None:
+    """Of a CUDA generator only where there is one."""
+    torch.set_rng_state(state["torch"])
+    random.setstate((3, tuple(state["python"].tolist()), next(iter(state["python_gauss"].tolist()), None)))
+    *keys, position, has_gauss = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, state["numpy_gauss"].item()))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _share(tensors: Iterable[tuple[str, torch.Tensor]], len_of_group: int) -> Tensors:
+    """Copies on the host of this rank's share of what all ranks walk through: every world-size-th group."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return {name: _on_host(tensor) for index, (name, tensor) in enumerate(tensors) if index // len_of_group % world_size == rank}
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
