@@ -46,11 +46,12 @@ from trainkit.cluster.signals import Signals
 from trainkit.data.arrays import TokenArrays, Writer, ragged
 from trainkit.data.batches import Budget
 from trainkit.data.distributor import Feeding, WireCall, make_distributor
-from trainkit.data.feed import Feed, Padding, Source
+from trainkit.data.feed import CALL_BYTES, Feed, Padding, Source
 from trainkit.recipe.schema import Recipe, Scaling
 
 ROWS = 32  # of a micro-batch
-WARM_UP = 64
+WARM_UP = 512  # as fast as can be, so that nothing that was read ahead before is left
+SETTLING = 64  # batches of the slower pace before its waits count
 SPARE = 100  # batches that nobody asks for, so that no reader sees the end and stops reading ahead
 WORK_SECONDS = 0.003
 STEP_SECONDS = 0.050
@@ -79,7 +80,7 @@ def ours(load: Workload) -> Generator[Batch]:
     last_asked: deque[ray.ObjectRef] = deque(maxlen=8)
 
     def ask(first: int, count: int) -> Callable[[], WireCall]:
-        answer = actor.steps.remote("train", first, count, 0)
+        answer = actor.steps.remote("train", first, count, 0, CALL_BYTES)
         last_asked.append(answer)
         return lambda: ray.get(answer)
 
@@ -231,12 +232,12 @@ def measure(way: Callable[[Workload], Generator[Batch]], load: Workload, batches
             next(feed)
         us = (time.perf_counter() - start) / batches
         waits = []
-        for _ in range(WARM_UP + batches):
+        for _ in range(SETTLING + batches):
             time.sleep(WORK_SECONDS)  # as the loop of a GPU does while kernels run; Python's lock is free meanwhile
             start = time.perf_counter()
             next(feed)
             waits.append(time.perf_counter() - start)
-    p50, p99 = np.percentile(waits[WARM_UP:], [50, 99])
+    p50, p99 = np.percentile(waits[SETTLING:], [50, 99])
     return {name: round(seconds * 1e6, 1) for name, seconds in {"us": us, "p50": p50, "p99": p99}.items()}
 
 
@@ -278,7 +279,7 @@ def main() -> None:
         Signals() as signals,
         ray_session(None, settings, False, signals),
     ):
-        loads = [write(Path(folder), name, 2 * (batches + WARM_UP) + SPARE) for name in ("fixed", "wikisql")]
+        loads = [write(Path(folder), name, WARM_UP + SETTLING + 2 * batches + SPARE) for name in ("fixed", "wikisql")]
         for number in range(ROUNDS):
             for load in loads:
                 for way in list(WAYS) if number % 2 == 0 else reversed(WAYS):

@@ -45,7 +45,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     ):
         save_model(folder / task, task)
         config = folder / task / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | ({"dropout_rate": 0.1} if task == "seq2seq" else {})))
+        config.write_text(json.dumps(json.loads(config.read_text()) | ({"dropout_rate": 0.1, "d_model": 33} if task == "seq2seq" else {})))
         recipe = folder / f"{task}.yaml"
         recipe.write_text(RECIPE.format(model=folder / task, task=task, rows=folder / "rows.jsonl", limits=limits, runs=folder / "runs"))
         weights = write_first_weights(read_recipe(recipe, over), folder / f"{task}.safetensors")

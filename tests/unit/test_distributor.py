@@ -126,11 +126,11 @@ def test_a_stuck_call_is_named_while_others_are_answered(tmp_path: Path, monkeyp
     distributor, reading, release = DataDistributor({"train": feeding_of(tmp_path / "a", 75)}), threading.Event(), threading.Event()
     pack = DataDistributor._pack
 
-    def slow(self: DataDistributor, split: str, first: int, count: int, rank: int) -> object:
+    def slow(self: DataDistributor, split: str, first: int, count: int, rank: int, most_bytes: int | None) -> object:
         if first == 3:
             reading.set()
             release.wait(10)
-        return pack(self, split, first, count, rank)
+        return pack(self, split, first, count, rank, most_bytes)
 
     monkeypatch.setattr(DataDistributor, "_pack", slow)
     stuck = threading.Thread(target=distributor.steps, args=("train", 3, 1, 0))
@@ -141,3 +141,22 @@ def test_a_stuck_call_is_named_while_others_are_answered(tmp_path: Path, monkeyp
     release.set()
     stuck.join()
     assert distributor.doing() == "nothing" and distributor.get_progress(0)["steps"] == 2
+
+
+def test_a_call_ends_at_its_bytes_with_at_least_one_step(tmp_path: Path) -> None:
+    distributor = DataDistributor({"train": feeding_of(tmp_path / "a", 75)})
+    whole = distributor.steps("train", 1, 4, 0)
+    for most, steps in ((1, 1), (whole.num_bytes, 4)):
+        call = distributor.steps("train", 1, 4, 0, most)
+        assert len(call.steps) == steps and np.array_equal(call.sample_ids, whole.sample_ids[: len(call.sample_ids)])
+    assert len(distributor.steps("train", 3, 4, 0, 1).sample_ids) == len(distributor.steps("train", 3, 1, 0).sample_ids)
+
+
+def test_ready_rows_longer_than_a_packed_sequence_make_it_longer(tmp_path: Path) -> None:
+    with Writer(tmp_path / "a") as writer:
+        rows = [[3] * 700, [4] * 20, [5] * 30]
+        writer.append({"input_ids": ragged(rows), "labels": ragged(rows)}, np.array([700, 20, 30]))
+        writer.finish()
+    feeding = Feeding(str(tmp_path / "a"), "causal", 0, 3, 1, Budget(tokens=4096), shuffle=False, pack_length=512)
+    (step,) = DataDistributor({"train": feeding}).steps("train", 1, 1, 0).unpack()
+    assert sorted(step.micro_batches[0].sample_ids.tolist()) == [0, 1, 2] and step.micro_batches[0].shape.source >= 700

@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 from trainkit.data.feed import MicroBatch
 from trainkit.errors import DataError, ExportMismatch, TrainingError, UsageError
 from trainkit.inference import export
-from trainkit.inference.export import compare_logits, compare_tensors, export_model, merge_adapter, move_model
+from trainkit.inference.export import compare_logits, compare_tensors, export_model, link_model, merge_adapter, move_model
 from trainkit.inference.predict import load_plain, predict
 from trainkit.recipe.reader import recipe_to_yaml
 from trainkit.recipe.schema import Recipe
@@ -308,6 +308,17 @@ def test_a_moved_adapter_names_its_base_in_the_new_place(tmp_path: Path) -> None
     run = Run(tmp_path, "llama", lora={"r": 2})
     move_model(run.export(".best"), run.folder / "model")
     assert peft.PeftConfig.from_pretrained(run.folder / "model").base_model_name_or_path == str(run.folder / "model" / "base")
+
+
+def test_the_best_model_is_put_there_as_often_as_asked(tmp_path: Path) -> None:
+    """A restart after it, or a longer horizon without a better evaluation, finds it again."""
+    run = Run(tmp_path, "llama", lora={"r": 2})
+    best, model = run.export(".best-3"), run.folder / "model"
+    for _ in range(2):
+        link_model(best, model)
+        assert peft.PeftConfig.from_pretrained(model).base_model_name_or_path == str(model / "base")
+        assert peft.PeftConfig.from_pretrained(best).base_model_name_or_path == str(best / "base")
+    assert (best / "adapter_model.safetensors").samefile(model / "adapter_model.safetensors"), "no disk is spent twice"
 
 
 def test_a_merge_writes_over_nothing_and_needs_an_adapter(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from trainkit.errors import UsageError
+from trainkit.runs import folder as folders
 from trainkit.runs.folder import RunFolder, StepLog, StepTail, write_whole
 
 HOLD_THE_LOCK = """
@@ -204,3 +205,16 @@ def test_a_lock_is_held_by_one_and_goes_with_its_process(folder: RunFolder) -> N
         other.kill()
         other.wait()
     folder.lock("driver", wait_seconds=5).release()
+
+
+def test_a_folder_that_not_all_ranks_see_is_told_by_rank_and_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "_SHARED_SECONDS", 0.3)
+    folder = RunFolder.create(tmp_path, "run")
+    folder.write_plan({})
+    seen = []
+    folder.check_shared(1, rank=0, world_size=2, together=lambda: seen.append((folder.ray / "probe-1-1").touch()))
+    assert len(seen) == 1
+    with pytest.raises(UsageError, match=r"rank 1 on \S+: it does not see in .* what rank 0 wrote there.*run\.storage_path"):
+        folder.check_shared(2, rank=1, world_size=2, together=lambda: None)
+    with pytest.raises(UsageError, match=r"rank 1 on .*does not see the run folder"):
+        RunFolder(tmp_path / "elsewhere").check_shared(1, rank=1, world_size=2, together=lambda: None)

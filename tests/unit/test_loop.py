@@ -215,3 +215,21 @@ def test_it_goes_on_after_the_step_that_it_is_given() -> None:
     engine, records = Engine(), []
     outcome, _ = run(engine, records, steps=5, begin=Outcome(steps=5))
     assert records == [] and engine.saved == [] and outcome.status == "completed"
+
+
+def test_an_evaluation_that_an_interrupt_came_before_is_made_up_for() -> None:
+    engine, records = Engine(), list[StepRecord]()
+    outcome, _ = run(engine, records, steps=4, stop_after=3, evaluations=[{"loss": 3.0}, {"loss": 2.0}])
+    assert outcome.status == "completed" and outcome.evaluation == {"step": 4, "loss": 2.0} and engine.saved == [4]
+    outcome, _ = run(Engine(), [], steps=4, evaluations=[{"loss": 3.0}, {"loss": 2.0}], begin=Outcome(steps=2))
+    assert outcome.evaluation == {"step": 4, "loss": 2.0}
+    done = Outcome(steps=4, evaluation={"step": 4, "loss": 2.0})
+    assert run(Engine(), [], steps=4, evaluations=[{"loss": 9.0}], begin=done)[0].evaluation == {"step": 4, "loss": 2.0}
+
+
+def test_a_run_that_stopped_early_stays_so() -> None:
+    keys: dict[str, Any] = {"metric_for_best_model": "loss", "early_stopping_patience": 1}
+    stopped = Outcome(steps=4, evaluation={"step": 4, "loss": 2.0}, best_step=2, best_value=1.0, evaluations_without_better=1)
+    records: list[StepRecord] = []
+    outcome, _ = run(Engine(), records, steps=9, evaluations=[{"loss": 9.0}] * 9, begin=stopped, **keys)
+    assert outcome.stopped_early and records == []

@@ -37,6 +37,7 @@ def test_while_training_the_first_signal_asks_and_the_second_ends(number: int) -
 def test_what_must_end_is_not_interrupted() -> None:
     with Signals() as signals, signals.ignored():
         send(signal.SIGINT)
+        assert signals.taken == 1, "it is known afterwards: no restart follows it"
 
 
 def test_a_signal_after_the_end_of_training_does_not_discard_its_outcome() -> None:

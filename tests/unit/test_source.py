@@ -242,13 +242,18 @@ def test_csv_cells_never_shift(load: Load, tmp_path: Path, content: str, said: s
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "dates.jsonl", "mixed.jsonl", "x.csv", "x.parquet"])
-@pytest.mark.parametrize("damage", ["truncate", "remove"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip a bit"])
 def test_a_damaged_cache_is_read_anew(load: Load, tmp_path: Path, name: str, damage: str) -> None:
     values = {"dates.jsonl": ["2020-01-01"], "mixed.jsonl": [1, "a"]}.get(name, ["1", "2"])
     file = big(tmp_path / name, *values) if name == "mixed.jsonl" else write(tmp_path / name, *values)
     sound = load(path=str(file))
     for arrow in (tmp_path / "runs" / ".cache" / "datasets").rglob("*.arrow"):
-        os.truncate(arrow, 100) if damage == "truncate" else arrow.unlink()
+        if damage == "flip a bit":
+            content = bytearray(arrow.read_bytes())
+            content[content.rfind(b"1")] ^= 1
+            arrow.write_bytes(content)
+        else:
+            os.truncate(arrow, 100) if damage == "truncate" else arrow.unlink()
     assert load(path=str(file)) == sound
 
 

@@ -26,7 +26,7 @@ from trainkit.cluster.resume import check_unfinished, resumed_recipe, run_to_res
 from trainkit.cluster.session import cluster_address, environment, environment_settings, ray_session
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
-from trainkit.errors import DataError, Interrupted, TrainkitError
+from trainkit.errors import DataError, Interrupted, TrainkitError, UsageError
 from trainkit.planning.planner import Plan
 from trainkit.planning.show import plan_text
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
@@ -99,6 +99,8 @@ class _Run:
     signals: Signals
     resumed: bool
     failures: list[Failure] = field(default_factory=list)  # of attempts of this command
+    restarts: int = 0
+    done: int = 0  # steps that this attempt began with
 
     def train(self) -> dict[str, Any]:
         """From the made folder to rank 0's outcome."""
@@ -119,7 +121,7 @@ class _Run:
             self._first_weights_path.unlink(missing_ok=True)  # a whole model in fp32, of no use to anybody now
 
     def _attempt(self, prepared: Any, checkpoint: Checkpoint | None) -> dict[str, Any]:
-        done = 0 if checkpoint is None else checkpoint.step
+        done = self.done = 0 if checkpoint is None else checkpoint.step
         self._check_data(prepared, checkpoint)
         attempt = self.folder.begin_attempt()
         self.folder.keep_steps(done)
@@ -145,13 +147,19 @@ class _Run:
         verdict = decide_what_to_do(self.failures, self.recipe.run.max_failures)
         if self.signals.taken or not verdict.again:
             raise error from failure
+        self.restarts += 1
         self._say(f"{error.message}\n{verdict.why}", "yellow")
 
     def _checkpoint(self) -> Checkpoint | None:
         """The newest one that holds, once nobody writes there any more."""
         self.folder.lock("rank-0", wait_seconds=PREDECESSOR_SECONDS).release()
         checkpoints.clear_incomplete(self.folder.path)
-        return checkpoints.newest_sound(self.folder.path, lambda text: self._say(text, "yellow"))
+        sound = checkpoints.newest_sound(self.folder.path, lambda text: self._say(text, "yellow"))
+        if sound is None and checkpoints.complete(self.folder.path):
+            raise UsageError(
+                f"{self.folder.path / 'checkpoints'}: none of the checkpoints can be used. Put one back as it was, or begin a new run"
+            )
+        return sound
 
     def _check_data(self, prepared: Any, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
@@ -199,7 +207,7 @@ class _Run:
         return self.folder.ray / "first_weights.safetensors"
 
     def _stopping(self) -> None:
-        if not self.folder.read_steps():  # nothing has been trained that an end after this step would keep
+        if len(self.folder.read_steps()) <= self.done:  # nothing has been trained that an end after this step would keep
             raise KeyboardInterrupt
         self.folder.request_stop()
         self.console.print("Stopping at the end of this step. Once more stops at once.", style="yellow")
@@ -217,7 +225,7 @@ def _recorded(run: _Run, began: float) -> dict[str, Any]:
     except Exception as failure:
         error = _unless_interrupted(_cause(failure, run), run)
     with run.signals.ignored():
-        summary = summarize(run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began, run.failures)
+        summary = summarize(run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began, run.failures, run.restarts)
         try:
             run.folder.write_summary(summary)
         except TrainkitError as unwritten:  # the disk is full: what filled it is told first

@@ -56,9 +56,9 @@ class Signals:
             self.deaf = before
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        self.taken += 1
         if self.deaf:
             return
-        self.taken += 1
         if self.first is not None and self.taken == 1:
             self.first()
         else:

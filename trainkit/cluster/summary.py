@@ -18,6 +18,7 @@ def summarize(
     error: TrainkitError | None,
     wall_seconds: float,
     failures: Sequence[Failure] = (),
+    restarts: int = 0,
 ) -> dict[str, Any]:
     """`outcome` is rank 0's, empty if it left none. `seconds` counts optimizer steps alone, `wall_seconds` the whole command."""
     samples, tokens, seconds, waited = (sum(step[key] for step in steps) for key in ("samples", "tokens", "seconds", "data_wait_seconds"))
@@ -36,7 +37,7 @@ def summarize(
         "mfu": outcome.get("mfu"),
         "peak_memory_gib": steps[-1]["peak_memory_gib"] if steps else None,
         "data_wait_fraction": _rate(waited, seconds),
-        "restarts": len(failures) - (error is not None and bool(failures)),
+        "restarts": restarts,
         "failures": [asdict(failure) for failure in failures],
         "world_size": plan.world_size,
         "zero_stage": plan.zero_stage,

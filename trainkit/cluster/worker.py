@@ -5,6 +5,8 @@ The process group is up when `run_worker` starts; everything else a rank needs t
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,16 +19,17 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from trainkit.data.distributor import Distributors, WireCall
+from trainkit.data.distributor import Distributors, WireCall, said
 from trainkit.data.encoding import DEFAULT_LENGTH
-from trainkit.data.feed import Feed, MicroBatch, Padding, Source
+from trainkit.data.feed import CALL_BYTES, Feed, MicroBatch, Padding, Source
 from trainkit.data.order import chain, epoch_of_step
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer
 from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
-from trainkit.inference.export import export_model, move_model
+from trainkit.inference.export import export_model, link_model
 from trainkit.inference.predict import Rank, load_plain
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
+from trainkit.runs import checkpoints
 from trainkit.runs.checkpoints import Checkpoint, sha256
 from trainkit.runs.folder import PREDECESSOR_SECONDS, Lock, RunFolder, StepLog
 from trainkit.training import loop
@@ -65,7 +68,8 @@ def run_worker(job: Job) -> dict[str, Any] | None:
         return worker.run()
     except BaseException as error:
         step = 0 if worker is None else worker.step
-        RunFolder(job.run_folder).write_error(dist.get_rank(), step, error, traceback.format_exc())
+        with contextlib.suppress(OSError):  # a folder that is not there; what is raised comes through Ray as well
+            RunFolder(job.run_folder).write_error(dist.get_rank(), step, error, traceback.format_exc())
         raise
     finally:
         if worker is not None:
@@ -79,6 +83,7 @@ class Worker:
         self.job, self.recipe, self.plan = job, job.recipe, job.plan
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.folder = RunFolder(Path(job.run_folder))
+        self.folder.check_shared(job.attempt, self.rank, self.world_size, dist.barrier)
         self.device = ray.train.torch.get_device() if job.plan.use_gpu else torch.device("cpu")
         self.tokenizer = load_tokenizer(job.recipe).tokenizer
         self.feeds = {"train": self._feed("train", job.plan.total_steps), "eval": self._feed("eval", job.eval_steps)}
@@ -110,9 +115,9 @@ class Worker:
         around = loop.Surroundings(
             report=self.report,
             evaluate=lambda step: self.evaluate(engine, step),
-            keep_best=lambda step: self.keep_best(engine),
+            keep_best=lambda step: self.keep_best(engine, step),
             save=lambda outcome: self.save(engine, outcome),
-            stop_requested=self.folder.stop_requested,
+            stop_requested=self.stop_requested,
         )
         outcome = loop.train(engine, self.feeds["train"], self.plan, self.recipe, around, self.begin)
         self.saver.wait()
@@ -159,13 +164,29 @@ class Worker:
             max_new_tokens=self.recipe.data.max_target_length or self.recipe.data.max_length or DEFAULT_LENGTH,
         )
 
-    def keep_best(self, engine: Engine) -> None:
-        if self.recipe.train.load_best_model_at_end:
-            self.phase("keeping the best model")
-            self.export(engine, self.folder.path / ".best")
+    def keep_best(self, engine: Engine, step: int) -> None:
+        """Export the weights of now to .best-<step>. Those that a checkpoint names stay: a restart may go back to it."""
+        if not self.recipe.train.load_best_model_at_end:
+            return
+        self.phase("keeping the best model")
+        self.export(engine, self.best(step))
+        if self.rank == 0:
+            named = {read_state(checkpoint)["outcome"]["best_step"] for checkpoint in checkpoints.complete(self.folder.path)}
+            for other in self.folder.path.glob(".best-*"):
+                if other not in [self.best(kept) for kept in (named | {step}) - {None}]:
+                    shutil.rmtree(other)
+
+    def best(self, step: int) -> Path:
+        return self.folder.path / f".best-{step}"
+
+    def stop_requested(self) -> bool:
+        self.saver.check()
+        return self.folder.stop_requested()
 
     def save(self, engine: Engine, outcome: loop.Outcome) -> None:
         self.phase("saving a checkpoint")
+        if self.log is not None:
+            self.log.sync()  # a checkpoint must not outlive its steps
         stall = self.saver.save(engine, outcome.steps, self.state(outcome), outcome.best_step)
         self.board.checkpoint(outcome.steps, stall)
         self.phase("training")
@@ -200,7 +221,7 @@ class Worker:
         if self.recipe.train.load_best_model_at_end and outcome.best_step is not None:
             step = outcome.best_step
             if self.rank == 0:
-                move_model(self.folder.path / ".best", target)
+                link_model(self.best(step), target)
             outcome.evaluation = outcome.best_evaluation
         else:
             self.export(engine, target)
@@ -253,14 +274,8 @@ class Worker:
         handle = self.job.distributors.nearest()
 
         def ask(first: int, count: int) -> Callable[[], WireCall]:
-            answer = handle.steps.remote(split, first, count, self.rank)
+            answer = handle.steps.remote(split, first, count, self.rank, CALL_BYTES)
             return lambda: ray.get(answer)
 
-        def doing() -> str:
-            try:
-                return f"is {ray.get(handle.doing.remote(), timeout=_ANSWER_SECONDS)}"
-            except ray.exceptions.GetTimeoutError:
-                return "does not answer"
-
-        source = Source(ask, doing, lambda text: self.folder.write_phase(text or "training"))
+        source = Source(ask, lambda: said(handle, _ANSWER_SECONDS), lambda text: self.folder.write_phase(text or "training"))
         return Feed(source, padding, rank=self.rank, last_step=last_step, device=self.device)

@@ -105,10 +105,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def holds(folder: Path) -> bool:
     """Whether the arrays are complete and every file still has the content it was written with. Reads all of them once."""
     manifest = read_manifest(folder)
-    return manifest is not None and all(_crc32(folder / name) == crc for name, crc in manifest["crc32"].items())
+    return manifest is not None and all(crc32_of(folder / name) == crc for name, crc in manifest["crc32"].items())
 
 
-def _crc32(path: Path) -> int:
+def crc32_of(path: Path) -> int:
     crc = 0
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
@@ -167,7 +167,7 @@ class Writer:
             "rows": self.sums["rows"],
             "columns": list(self.bounds),
             "bytes": {path.name: path.stat().st_size for path in files},
-            "crc32": {path.name: _crc32(path) for path in files},
+            "crc32": {path.name: crc32_of(path) for path in files},
             "longest": self.longest,
             "tokens": tokens | {"labels": self.sums["label_tokens"]},
             "unlabelled": self.sums["unlabelled"],

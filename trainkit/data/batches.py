@@ -177,12 +177,15 @@ class _Line:
 def pack(lengths: np.ndarray, world_size: int, budget: Budget, longest: int) -> list[Part]:
     """Cut a step of one-sequence rows into k micro-batches of equal shape, several rows packed into each sequence.
 
-    longest: most tokens of a packed sequence; no row is longer. k is the smallest multiple of the world size with which sequences of that
-    length fit the budget (of tokens; of samples, on average over the micro-batches). Rows go longest first into the emptiest sequence
-    (LPT; Graham, "Bounds on multiprocessing timing anomalies", 1969), so all are about equally full, and they are as long as the fullest.
+    longest: most tokens of a packed sequence; no row may be longer (ValueError). k is the smallest multiple of the world size with which
+    sequences of that length fit the budget (of tokens; of samples, on average over the micro-batches). Rows go longest first into the
+    emptiest sequence (LPT; Graham, "Bounds on multiprocessing timing anomalies", 1969), so all are about equally full, and they are as long
+    as the fullest.
     Where a few long rows keep the others from being full, some micro-batches have a sequence less: no rank waits longer for that.
     """
     most = int(_coarser(np.array([longest]))[0])
+    if lengths.max(initial=0) > most:
+        raise ValueError(f"a row of {lengths.max()} tokens is longer than a packed sequence of {longest}")
     sequences = _sequences_needed(lengths, most)
     if budget.tokens is None:
         k = _multiple(-(-len(lengths) // budget.limit), world_size)
@@ -190,8 +193,9 @@ def pack(lengths: np.ndarray, world_size: int, budget: Budget, longest: int) -> 
         k = _multiple(-(-sequences // max(1, budget.limit // most)), world_size)
     filled = _filled(lengths, -(-sequences // k) * k)
     length = _fullest(lengths, filled)
-    if lengths.sum() < _WELL_FILLED * len(filled) * length:
-        filled = _filled(lengths, max(k, _sequences_needed(lengths, length)))
+    fewer = max(k, _sequences_needed(lengths, length)) if lengths.sum() < _WELL_FILLED * len(filled) * length else len(filled)
+    if fewer < len(filled):
+        filled = _filled(lengths, fewer)
         length = _fullest(lengths, filled)
     fewest, more = divmod(len(filled), k)
     parts, first = [], 0
@@ -207,10 +211,21 @@ def _fullest(lengths: np.ndarray, filled: Sequence[np.ndarray]) -> int:
 
 
 def _sequences_needed(lengths: np.ndarray, most: int) -> int:
-    sequences = max(1, -(-int(lengths.sum()) // most))
-    while max(int(lengths[part].sum()) for part in _filled(lengths, sequences)) > most:
-        sequences += max(1, sequences // 50)
-    return sequences
+    """How many sequences LPT needs so that none is longer than `most`; no row is. Never more than rows."""
+
+    def fits(sequences: int) -> bool:
+        return max(int(lengths[part].sum()) for part in _filled(lengths, sequences) if len(part)) <= most
+
+    least = max(1, -(-int(lengths.sum()) // most), int((2 * lengths > most).sum()))  # of rows over a half, each has its own
+    if fits(least):
+        return least
+    below, enough = least, min(len(lengths), least + max(1, least // 50))
+    while not fits(enough):
+        below, enough = enough, min(len(lengths), 2 * enough - least + 1)
+    while enough - below > 1:
+        middle = (below + enough) // 2
+        below, enough = (below, middle) if fits(middle) else (middle, enough)
+    return enough
 
 
 def _filled(lengths: np.ndarray, sequences: int) -> list[np.ndarray]:

@@ -24,7 +24,9 @@ from trainkit.data.tokens import TokenArrays
 from trainkit.units import format_seconds
 
 _ROWS_OF_CATALOGUE = 65_536  # whose lengths choose the shapes: an order drawn from the whole set
-_CALLS_AT_ONCE = 8  # so that the actor answers while a call is stuck
+_CALLS_AT_ONCE = 8  # of ranks for steps
+_TALK = "talk"  # Ray's concurrency group of calls that are answered while those are stuck
+_STEPS_KEPT, _SAMPLES_KEPT = 1024, 1 << 22  # composed ones, for the ranks that ask for them later
 
 
 @dataclass(frozen=True)
@@ -117,18 +119,22 @@ class DataDistributor:
         self.feedings = feedings
         self.arrays = {split: TokenArrays.open(feeding.folder) for split, feeding in feedings.items()}
         self.catalogue = self._catalogue()
-        self.composed = functools.lru_cache(maxsize=64)(self._compose)
+        largest = max(feeding.samples_per_step for feeding in feedings.values())
+        kept = min(_STEPS_KEPT, max(64, _SAMPLES_KEPT // largest))
+        self.composed, self.composing = functools.lru_cache(kept)(self._compose), threading.Lock()
         self.lock = threading.Lock()
         self.handed: dict[tuple[str, int], Handed] = {}
         self.working_on: dict[int, tuple[str, float]] = {}  # thread to (what, since when)
 
-    def steps(self, split: str, first: int, count: int, rank: int) -> WireCall:
-        """Steps first .. first + count - 1 of `split` for one rank; steps count from 1."""
+    def steps(self, split: str, first: int, count: int, rank: int, most_bytes: int | None = None) -> WireCall:
+        """Steps first .. first + count - 1 of `split` for one rank, counted from 1; fewer, and at least one, if they reach `most_bytes`."""
+        began = time.monotonic()
         with self._doing(f"reading {split} step {first} for rank {rank}"):
-            call = self._pack(split, first, count, rank)
+            call = self._pack(split, first, count, rank, most_bytes)
         with self.lock:
-            handed = self.handed.setdefault((split, rank), Handed())
-            handed.steps, handed.samples, handed.last = handed.steps + count, handed.samples + len(call.sample_ids), time.monotonic()
+            handed = self.handed.setdefault((split, rank), Handed(since=began))
+            handed.steps, handed.samples = handed.steps + len(call.steps), handed.samples + len(call.sample_ids)
+            handed.last = time.monotonic()
         return call
 
     def manifests(self) -> dict[str, dict[str, Any]]:
@@ -172,7 +178,8 @@ class DataDistributor:
         ids = samples_of_step(feeding.seed, arrays.rows, feeding.samples_per_step, step, feeding.shuffle)
         source = arrays.column("input_ids").lengths(ids)
         if feeding.pack_length is not None:
-            return ids, pack(source, feeding.world_size, feeding.budget, feeding.pack_length)
+            longest = max(feeding.pack_length, arrays.manifest["longest"]["input_ids"])  # rows that came tokenized are cut by nobody
+            return ids, pack(source, feeding.world_size, feeding.budget, longest)
         target = self._targets(split, ids)
         return ids, compose(source, target, feeding.world_size, feeding.budget, self.catalogue)
 
@@ -193,11 +200,14 @@ class DataDistributor:
             return np.zeros(len(rows), np.int64)
         return self.arrays[split].column("labels").lengths(rows)
 
-    def _pack(self, split: str, first: int, count: int, rank: int) -> WireCall:
+    def _pack(self, split: str, first: int, count: int, rank: int, most_bytes: int | None) -> WireCall:
         feeding, arrays = self.feedings[split], self.arrays[split]
         steps, micro_batches, sample_ids, packed = [], [], [], []
+        columns = [arrays.column(name) for name in arrays.columns]
+        num_bytes = 0
         for step in range(first, first + count):
-            ids, parts = self.composed(split, step)
+            with self.composing:  # all ranks ask for the same steps at about the same time
+                ids, parts = self.composed(split, step)
             mine = deal([part.shape.cost for part in parts], feeding.world_size)[rank]
             epoch = epoch_of_step(arrays.rows, feeding.samples_per_step, step)[0]
             steps.append((epoch, len(ids), int(arrays.label_tokens[ids].sum()), len(parts), len(mine)))
@@ -206,14 +216,19 @@ class DataDistributor:
                 micro_batches.append((index, len(part.samples), *part.shape))
                 sample_ids.append(ids[part.samples])
                 packed += [] if part.packed is None else [part.packed]
+            if most_bytes is not None:
+                of_step = np.concatenate(sample_ids[len(sample_ids) - len(mine) :])
+                num_bytes += sum(int(column.lengths(of_step).sum()) * column.values.itemsize for column in columns)
+                if num_bytes >= most_bytes:
+                    break
         rows = np.concatenate(sample_ids)
-        columns = {name: arrays.column(name).gather(rows) for name in arrays.columns}
+        gathered = {name: column.gather(rows) for name, column in zip(arrays.columns, columns, strict=True)}
         return WireCall(
             first=first,
             steps=np.array(steps, dtype=np.int64),
             micro_batches=np.array(micro_batches, dtype=np.int64),
             sample_ids=_narrow(rows),
-            columns={name: (values, _narrow(lengths)) for name, (values, lengths) in columns.items()},
+            columns={name: (values, _narrow(lengths)) for name, (values, lengths) in gathered.items()},
             packed=np.concatenate(packed) if packed else None,
         )
 
@@ -229,7 +244,9 @@ def make_distributor(feedings: dict[str, Feeding], node_id: str | None = None): 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(node_id or ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=_CALLS_AT_ONCE)(DataDistributor)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=_CALLS_AT_ONCE, concurrency_groups={_TALK: 2})(
+        DataDistributor
+    )
     return actor.options(scheduling_strategy=there).remote(feedings)
 
 
@@ -247,7 +264,17 @@ class Distributors:
         return self.of_node.get(ray.get_runtime_context().get_node_id(), self.of_driver)
 
 
-def make_distributors(feedings: dict[str, Feeding], timeout: float = 20.0) -> Distributors:
+def said(handle: Any, timeout: float) -> str:
+    """What an actor is doing; also when it does not say so in time, or is gone."""
+    import ray
+
+    try:
+        return f"is {ray.get(handle.doing.options(concurrency_group=_TALK).remote(), timeout=timeout)}"
+    except ray.exceptions.RayError:  # a timeout is one of them
+        return "does not answer"
+
+
+def make_distributors(feedings: dict[str, Feeding], timeout: float = 60.0) -> Distributors:
     """One DataDistributor on the driver's node, and one on each other node that sees the same arrays.
 
     The pure order keeps them coherent without talk. A node that does not answer in `timeout` seconds is served by the driver's.
@@ -256,11 +283,11 @@ def make_distributors(feedings: dict[str, Feeding], timeout: float = 20.0) -> Di
 
     of_driver, here = make_distributor(feedings), ray.get_runtime_context().get_node_id()
     asked = {node: make_distributor(feedings, node) for node in (node["NodeID"] for node in ray.nodes() if node["Alive"]) if node != here}
-    wanted = ray.get(of_driver.manifests.remote())
+    wanted = ray.get(of_driver.manifests.options(concurrency_group=_TALK).remote())
     of_node = {}
     for node, handle in asked.items():
         try:
-            same = ray.get(handle.manifests.remote(), timeout=timeout) == wanted
+            same = ray.get(handle.manifests.options(concurrency_group=_TALK).remote(), timeout=timeout) == wanted
         except ray.exceptions.RayError:  # the node sees no such folder, another one, or went away; a timeout is one of them
             same = False
         if same:

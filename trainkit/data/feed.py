@@ -28,6 +28,7 @@ MOST_STEPS_PER_CALL = 256
 CALLS_AHEAD = 2
 NOTICE_SECONDS = 20.0  # a wait that is said
 STUCK_SECONDS = 300.0  # a wait that ends the run, long before the collectives of the other ranks give up
+_JOIN_SECONDS = 1.0
 
 Answer = Callable[[], WireCall]
 
@@ -64,7 +65,8 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class Source:
-    """How a feed reaches the distributor. `ask(first, count)` starts a call and returns what waits for its answer.
+    """How a feed reaches the distributor. `ask(first, count)` starts a call for so many steps, of which the answer may hold only the first,
+    and returns what waits for it.
 
     `doing` says what the distributor is working on; `say` tells the person who waits, and the empty text that the wait is over.
     """
@@ -101,6 +103,8 @@ class Feed:
         """End the background thread; what it has fetched is dropped. A call that is under way is left to end by itself."""
         self.ahead.close()
         self.next_step = None
+        if self.thread is not None:
+            self.thread.join(_JOIN_SECONDS)  # what it pads now; Python must not end in the middle of it
 
     def _waited(self, step: int) -> _Item:
         waited, item = 0.0, self.ahead.take(NOTICE_SECONDS)
@@ -123,18 +127,21 @@ class Feed:
 
     def _read_ahead(self, step: int, ahead: _Ahead) -> None:
         """Keep CALLS_AHEAD calls under way, growing to about CALL_BYTES each: the first asks for one step, which comes soonest."""
-        asked: deque[tuple[int, Answer]] = deque()
+        asked: deque[tuple[int, int, Answer]] = deque()
         count, copier = 1, _Copier(self.device)
         try:
             while not ahead.closed:
                 while len(asked) < CALLS_AHEAD and step <= self.last_step:
                     count = min(count, self.last_step - step + 1)
-                    asked.append((count, self.source.ask(step, count)))
+                    asked.append((step, count, self.source.ask(step, count)))
                     step += count
                 if not asked:
                     return
-                answered, answer = asked.popleft()
+                first, wanted, answer = asked.popleft()
                 call = answer()
+                answered = len(call.steps)
+                if answered < wanted:  # they are larger than those before
+                    asked.appendleft((first + answered, wanted - answered, self.source.ask(first + answered, wanted - answered)))
                 count = max(1, min(4 * answered, MOST_STEPS_PER_CALL, CALL_BYTES * answered // max(1, call.num_bytes)))
                 for wire in call.unpack():
                     ahead.put(*copier.copied(self.padding.step(wire, pin=copier.pin)))

@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from trainkit.data import jsonl
+from trainkit.data.arrays import crc32_of
 from trainkit.errors import DataError
+from trainkit.runs.folder import write_whole
 
 READERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 ENDINGS = ", ".join(f".{ending}" for ending in READERS) + " (.gz too)"
 _HASHED_BYTES = 1 << 22
 _LONGEST_CELL = 1 << 30  # characters; Python's own limit is 131,072
+_CHECKSUMS = "checksums.json"  # in a cache folder, last: crc32 of the rows that lie there
 _OTHER_WAY = "other_way.json"  # in a cache folder: the files were not read at once; of JSON files it holds the columns
 
 
@@ -77,6 +80,9 @@ def _from_cache(kind: str, files: Sequence[Path], folder: Path, wanted: Sequence
     """The rows of an earlier read; None, and no cache, where there is none or it is damaged."""
     if folder.exists():
         try:
+            written = json.loads((folder / _CHECKSUMS).read_text("utf-8"))
+            if any(crc32_of(folder / name) != crc for name, crc in written.items()):
+                raise ValueError("damaged")
             return _read(kind, files, folder, wanted, fresh=False)
         except Exception:
             shutil.rmtree(folder)
@@ -89,13 +95,20 @@ def _read_anew(kind: str, files: Sequence[Path], folder: Path, key: str, wanted:
             _check_csv(file, key)
     folder.mkdir()  # after the check: rows that lie in the cache are not checked again
     try:
-        return _read(kind, files, folder, wanted, fresh=True)
+        rows = _read(kind, files, folder, wanted, fresh=True)
+        write_whole(folder / _CHECKSUMS, json.dumps(_checksums(folder)))
+        return rows
     except Exception as error:  # datasets wraps each reader's errors in its own
         if _says_empty(error):
             raise DataError(f"{key}: the data set is empty: {_names(files)} holds no rows") from None
         if broken := _first_broken(kind, files, folder):
             raise DataError(f"{key}: cannot read {broken[0]}: {reason(broken[1])}", file=str(broken[0])) from None
         raise DataError(f"{key}: {_names(files)} do not fit together: {reason(error)}", file=str(files[0])) from None
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """crc32 of the rows that lie there."""
+    return {str(path.relative_to(folder)): crc32_of(path) for path in sorted(folder.rglob("*.arrow"))}
 
 
 def reason(error: BaseException) -> str:

@@ -132,6 +132,14 @@ def move_model(folder: Path, target: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
+def link_model(folder: Path, target: Path) -> None:
+    """Put a copy of a model folder, in hard links where the disk knows them, in place of what lies at `target`. `folder` stays."""
+    beside = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(folder, beside, copy_function=_linked)
+    move_model(beside, target)
+
+
 def merge_adapter(run: Path) -> Path:
     """`trainkit export RUN --merge`: a run's LoRA adapter merged into its base, as a plain model folder, `<run>/model-merged`.
 
@@ -165,6 +173,13 @@ def _write_and_check(
     _as_the_umask_says(beside)
     check_exported(beside, recipe, whole, batch, logits)
     move_model(beside, folder)
+
+
+def _linked(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _as_the_umask_says(folder: Path) -> None:

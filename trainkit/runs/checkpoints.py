@@ -135,7 +135,7 @@ def prune(run: Path, keep: int, best: int | None = None, newest: int | None = No
     """
     for old in [it for it in complete(run) if newest is None or it.step <= newest][max(1, keep) :]:
         if old.step != best:
-            (old.path / MANIFEST).unlink()
+            (old.path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(old.path, ignore_errors=True)
 
 

@@ -18,9 +18,10 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,7 @@ from typing import IO, Any
 from trainkit.errors import UsageError
 
 PREDECESSOR_SECONDS = 30.0  # to wait for: a rank 0 whose command was killed went on writing for 1.8 s
+_SHARED_SECONDS = 30.0  # network drives show a new file late
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -126,7 +128,13 @@ class RunFolder:
             text = self.steps_path.read_text("utf-8")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        steps = []
+        for line in text[: text.rfind("\n") + 1].splitlines():
+            try:
+                steps.append(json.loads(line))
+            except ValueError:  # a machine that lost its power leaves anything behind
+                break
+        return steps
 
     def keep_steps(self, done: int) -> None:
         """Take out the steps after `done`, which an earlier attempt took and no checkpoint has kept."""
@@ -169,6 +177,27 @@ class RunFolder:
         left = WorkerError(time.time(), rank, step, type(error).__name__, getattr(error, "message", None) or str(error), facts)
         write_whole(self.ray / "errors" / f"rank-{rank}.json", _pretty(asdict(left)))
 
+    def check_shared(self, attempt: int, rank: int, world_size: int, together: Callable[[], object]) -> None:
+        """Every rank leaves a file and looks for those of the others; `together` is a barrier.
+
+        Raises UsageError where the folder, or another rank's file, is not seen.
+        """
+        probes = [self.ray / f"probe-{attempt}-{other}" for other in range(world_size)]
+        fault = f"this node does not see the run folder {self.path} as the driver does" if not (self.path / "plan.json").is_file() else None
+        if fault is None:
+            try:
+                probes[rank].touch()
+            except OSError as error:
+                fault = f"this node cannot write the run folder {self.path}: {error.strerror}"
+        together()
+        deadline = time.monotonic() + _SHARED_SECONDS
+        while fault is None and (unseen := [other for other, probe in enumerate(probes) if not probe.exists()]):
+            if time.monotonic() > deadline:
+                fault = f"it does not see in {self.path} what rank {unseen[0]} wrote there"
+            time.sleep(0.1)
+        if fault is not None:
+            raise UsageError(f"rank {rank} on {socket.gethostname()}: {fault}. run.storage_path must be a folder that all nodes see")
+
     def traceback_path(self, rank: int) -> Path:
         return self.ray / "errors" / f"rank-{rank}.txt"
 
@@ -200,6 +229,11 @@ class StepLog:
     def append(self, step: Mapping[str, Any]) -> None:
         """NaN and infinities are written as Python's json writes them."""
         self.file.write(json.dumps(step) + "\n")
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         if not self.file.closed:

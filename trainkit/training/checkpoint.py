@@ -82,6 +82,11 @@ class Saver:
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"the checkpoint cannot be written: {error}. Make room or choose another folder with --runs") from error
 
+    def check(self) -> None:
+        """Raises TrainingError when the last checkpoint could not be written. Waits for nothing."""
+        if self.writing is not None and self.writing.done():
+            self.wait()
+
     def close(self) -> None:
         """After `wait` nothing is left to do; without it, what is being written is given up as soon as the other ranks are waited for."""
         self.closed.set()

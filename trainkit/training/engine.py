@@ -119,8 +119,9 @@ class Engine:
 
         All ranks must walk through it together. One tensor at a time is whole.
         """
+        stepped = self.counters()["optimizer_steps"] > 0  # fp16 may have skipped all steps so far, and then there are no moments
         for name, parameter in self._trained():
-            for state in STATES:
+            for state in STATES if stepped else (WEIGHT,):
                 yield name, state, self._own(parameter)[state].detach() if self._holds_all else _whole(parameter, state)
 
     def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -133,7 +134,7 @@ class Engine:
 
     def counters(self) -> dict[str, float]:
         """What the optimizer and fp16's search for a loss scale have counted: plain numbers, the same on all ranks."""
-        found = {"optimizer_steps": float(next(state["step"] for state in self._optimizer_state.values() if "step" in state))}
+        found = {"optimizer_steps": float(next((state["step"] for state in self._optimizer_state.values() if "step" in state), 0))}
         return found | {name: float(getattr(self._scaler, name)) for name in self._scaler_counters}
 
     def restore(self, read: Callable[[str, str], torch.Tensor], counters: dict[str, float], batch: StepBatch) -> None:
@@ -147,14 +148,12 @@ class Engine:
         self.step(0.0)
         self.ds.empty_partition_cache()
         for name, parameter in self._trained():
-            values = {state: read(name, state).to(self.device) for state in STATES}
+            values = {state: read(name, state).to(self.device) for state in (STATES if counters["optimizer_steps"] else (WEIGHT,))}
             for state, value in values.items():
                 if self._holds_all:
                     self._own(parameter)[state].data.copy_(value)
-                elif state == WEIGHT:
-                    deepspeed.utils.safe_set_full_fp32_param(parameter, value)
                 else:
-                    deepspeed.utils.safe_set_full_optimizer_state(parameter, value, state)
+                    _set_whole(parameter, state, value)
             self._write(parameter, values[WEIGHT])
         self._count_from(int(counters["optimizer_steps"]))
         for name in self._scaler_counters & counters.keys():
@@ -186,7 +185,9 @@ class Engine:
 
     @property
     def _scaler(self) -> Any:
-        return getattr(self.ds.optimizer, "loss_scaler", self.ds.optimizer)
+        """Who keeps fp16's loss scale: it depends on DeepSpeed's optimizer."""
+        optimizer = self.ds.optimizer
+        return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", optimizer)
 
     @property
     def _scaler_counters(self) -> set[str]:
@@ -223,6 +224,22 @@ def _whole(parameter: torch.nn.Parameter, state: str) -> torch.Tensor:
     if state == WEIGHT:
         return deepspeed.utils.safe_get_full_fp32_param(parameter)
     return deepspeed.utils.safe_get_full_optimizer_state(parameter, state)
+
+
+def _set_whole(parameter: torch.nn.Parameter, state: str, value: torch.Tensor) -> None:
+    """The counterpart of _whole. Under ZeRO-3 this rank's piece is cut here: DeepSpeed's own way fails where the last piece is padded."""
+    if hasattr(parameter, "ds_id"):
+        numel = parameter.partition_numel()  # type: ignore[attr-defined]  # given by DeepSpeed
+        piece = value.flatten()[dist.get_rank() * numel :][:numel]
+        piece = torch.nn.functional.pad(piece, (0, numel - piece.numel()))
+        if state == WEIGHT:
+            deepspeed.utils.safe_set_local_fp32_param(parameter, piece)
+        else:
+            deepspeed.utils.safe_set_local_optimizer_state(parameter, piece, state)
+    elif state == WEIGHT:
+        deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+    else:
+        deepspeed.utils.safe_set_full_optimizer_state(parameter, value, state)
 
 
 def _replay_cpu_adam(optimizer: Any, steps: int) -> None:

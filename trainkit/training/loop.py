@@ -62,6 +62,9 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
     """
     outcome = outcome or Outcome()
     saved = outcome.steps
+    _evaluate_if_due(outcome, plan, recipe, around)  # an interrupt came before it
+    if _out_of_patience(outcome, recipe):
+        return outcome
     ledger = StepLedger(engine.device, plan.world_size, around.report)
     with contextlib.closing(ledger):
         for step in range(outcome.steps + 1, plan.total_steps + 1):
@@ -79,7 +82,7 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
             if evaluation_due(step, plan):
                 if _stops(ledger.flush(), plan, outcome):
                     break
-                _evaluate(step, recipe, around, outcome)
+                _evaluate_if_due(outcome, plan, recipe, around)
                 if outcome.stopped_early:
                     break
             if save_due(step, plan):
@@ -88,10 +91,11 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
                 around.save(outcome)
                 saved = step
         _stops(ledger.flush(), plan, outcome)
-    if outcome.steps > saved:
-        around.save(outcome)
     if outcome.steps == plan.total_steps:
         outcome.status = "completed"  # a stop that came with the last step has nothing left to stop
+        _evaluate_if_due(outcome, plan, recipe, around)
+    if outcome.steps > saved:
+        around.save(outcome)
     return outcome
 
 
@@ -150,7 +154,11 @@ def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def _evaluate(step: int, recipe: Recipe, around: Surroundings, outcome: Outcome) -> None:
+def _evaluate_if_due(outcome: Outcome, plan: Plan, recipe: Recipe, around: Surroundings) -> None:
+    """Evaluate after the steps that are done, unless that has been done."""
+    step = outcome.steps
+    if not step or not evaluation_due(step, plan) or (outcome.evaluation or {}).get("step") == step:
+        return
     values = around.evaluate(step)
     outcome.evaluation = {"step": step, **values}
     metric = recipe.train.metric_for_best_model
@@ -165,8 +173,13 @@ def _evaluate(step: int, recipe: Recipe, around: Surroundings, outcome: Outcome)
         around.keep_best(step)
     else:
         outcome.evaluations_without_better += 1
+    _out_of_patience(outcome, recipe)
+
+
+def _out_of_patience(outcome: Outcome, recipe: Recipe) -> bool:
     patience = recipe.train.early_stopping_patience
     outcome.stopped_early = patience is not None and outcome.evaluations_without_better >= patience
+    return outcome.stopped_early
 
 
 def _linear(progress: float) -> float:
