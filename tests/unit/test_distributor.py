@@ -160,3 +160,10 @@ def test_ready_rows_longer_than_a_packed_sequence_make_it_longer(tmp_path: Path)
     feeding = Feeding(str(tmp_path / "a"), "causal", 0, 3, 1, Budget(tokens=4096), shuffle=False, pack_length=512)
     (step,) = DataDistributor({"train": feeding}).steps("train", 1, 1, 0).unpack()
     assert sorted(step.micro_batches[0].sample_ids.tolist()) == [0, 1, 2] and step.micro_batches[0].shape.source >= 700
+
+
+def test_a_step_is_composed_once_for_all_ranks(tmp_path: Path) -> None:
+    distributor = DataDistributor({"train": feeding_of(tmp_path / "a", 75, world_size=4)})
+    for rank in range(4):
+        distributor.steps("train", 1, 300, rank)
+    assert distributor.composed.cache_info().misses == 300
