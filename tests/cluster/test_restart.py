@@ -21,7 +21,6 @@ from trainkit.runs.folder import RunFolder
 STEPS = 60
 RUN = ["--set", f"train.max_steps={STEPS}", "--set", "train.save_steps=8", "--set", "data.eval=null", "--set", "train.metrics=[]",
        "--set", "batch.samples=32"]  # fmt: skip
-Kill = Callable[[RunFolder, list[psutil.Process]], None]
 
 
 def trained(folder: RunFolder) -> list[dict[str, Any]]:
