@@ -329,9 +329,7 @@ def _make_named(storage: Path, name: str) -> Path:
 
 
 def _taken(path: Path) -> UsageError:
-    return UsageError(
-        f"{path}: this run exists. Go on with --resume, choose another --name, or leave it away for the next free number"
-    )
+    return UsageError(f"{path}: this run exists. Go on with --resume, choose another --name, or leave it away for the next free number")
 
 
 def _pretty(facts: Mapping[str, Any]) -> str:
