@@ -17,7 +17,7 @@ Methods, the others padded to the exact longest row, to their credit in `real`:
     group_by_length  transformers' get_length_grouped_indices, called as the Trainer does on min(k, 8) ranks; in turn
     batch_rebalance  transformers' BatchRebalanceSampler on the same samples as ours, by its own order; like the above it knows input_ids
     … of all tokens  kinder: lengths are source + target, and no weight for attention, which `real` does not count
-    trainkit         make_catalogue; compose, with a budget of tokens that never binds; deal
+    trainkit         Catalogues; compose for k ranks, with the least budget of tokens, in steps of 5 %, that gives every step k; deal
     trainkit pack    pack, with samples ÷ k rows a micro-batch; one-sequence sets only
 
 The second table: order and batching (512 / 16) of 10^6, 10^8 and 10^9 rows whose lengths are computed from their ids.
@@ -49,8 +49,9 @@ from transformers import trainer_pt_utils
 
 from trainkit.data import order
 from trainkit.data.arrays import TokenArrays
-from trainkit.data.batches import Budget, Catalogue, Part, Shape, compose, deal, pack, round_up
-from trainkit.data.catalogue import make_catalogue
+from trainkit.data.batches import Budget, Part, Shape, compose, deal, round_up
+from trainkit.data.catalogue import Catalogues
+from trainkit.data.packing import pack
 from trainkit.data.tokens import prepare
 from trainkit.recipe.reader import read_recipe
 
@@ -60,7 +61,6 @@ SETTINGS = {"wikisql": ((64, 2), (512, 8), (512, 16), (4096, 64)), "huanhuan": (
 PACK_LENGTH = {"huanhuan": 512, "lognormal": 2048}
 RANKS = (2, 4, 8)
 SEED = 42  # of the order; the catalogue's trials have another
-NEVER_BINDS = Budget(tokens=1 << 40)
 LONGEST = 96  # generated length
 CATALOGUE_ROWS = 65_536  # the DataDistributor chooses shapes by the lengths of so many
 Micro = tuple[np.ndarray, Shape]  # row ids, and what they are padded to
@@ -116,16 +116,27 @@ def batch_rebalance(case: Case, all_tokens: bool = False) -> Cuts:
 
 
 def trainkit(case: Case) -> Cuts:
-    catalogue = made(case)[0]
-    return each(case.ids, lambda ids: own(ids, compose(case.source[ids], case.target[ids], case.k, NEVER_BINDS, catalogue)))
+    catalogues, budget, _ = made(case)
+    return each(case.ids, lambda ids: own(ids, compose(case.source[ids], case.target[ids], case.k, budget, catalogues)))
 
 
 @functools.cache
-def made(case: Case) -> tuple[Catalogue, float]:
-    """The shapes, and the seconds it took to choose them."""
-    start = time.perf_counter()
-    catalogue = make_catalogue(case.source, case.target, case.samples, case.k, NEVER_BINDS, case.longest)
-    return catalogue, time.perf_counter() - start
+def made(case: Case) -> tuple[Catalogues, Budget, float]:
+    """The shapes, the least budget, in steps of 5 %, with which k micro-batches hold every step, and the seconds to choose the shapes."""
+    tokens = float((case.source + case.target).mean()) * case.samples / case.k
+    while True:
+        tokens *= 1.05
+        budget, start = Budget(tokens=round(tokens)), time.perf_counter()
+        catalogues = chosen(case, budget)
+        seconds = time.perf_counter() - start
+        if all(len(compose(case.source[ids], case.target[ids], case.k, budget, catalogues)) == case.k for ids in case.ids):
+            return catalogues, budget, seconds
+
+
+def chosen(case: Case, budget: Budget) -> Catalogues:
+    catalogues = Catalogues(case.source, case.target, case.samples, budget, case.longest or (0, 0))
+    catalogues(case.samples, case.k)
+    return catalogues
 
 
 def packed(case: Case) -> Cuts:
@@ -165,7 +176,7 @@ def measure(method: str, case: Case, best: dict[int, int]) -> dict[str, Any]:
         loads = [[sum(step[index] for index in mine) for mine in share] for step, share in zip(costs, shares, strict=False)]
         uneven = [max(load) * ranks / sum(load) for load in loads]
         found[f"{ranks} ranks"] = f"{statistics.mean(uneven):.3f} / {max(uneven):.3f}" if uneven else "–"
-    return found | {"made s": round(made(case)[1], 2) if method == "trainkit" else "–", "ms": round(milliseconds, 2)}
+    return found | {"made s": round(made(case)[2], 2) if method == "trainkit" else "–", "ms": round(milliseconds, 2)}
 
 
 def check(steps: list[list[Micro]], case: Case, several_a_row: bool) -> None:
@@ -234,16 +245,17 @@ def growth(rows: int, repeats: int) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": rows, "permuted": 4 ** -(-(rows - 1).bit_length() // 2)}
     for place, step in {"first": 1, "middle": last // 2, "last": last}.items():
         found[f"{place} ms"] = round(each([step] * repeats, cold)[1], 2)
-    case = Case("", *generated(order.samples_of_step(0, rows, CATALOGUE_ROWS, 1)), samples, k, [], (LONGEST, LONGEST))
-    catalogue, seconds = made(case)
+    trials = [order.samples_of_step(SEED, CATALOGUE_ROWS, samples, step) for step in range(1, 65)]
+    case = Case("", *generated(order.samples_of_step(0, rows, CATALOGUE_ROWS, 1)), samples, k, trials, (LONGEST, LONGEST))
+    catalogues, budget, seconds = made(case)
     drawn = [generated(ids(step)) for step in some]
 
     def cut(lengths: tuple[np.ndarray, np.ndarray]) -> list[Part]:
-        return compose(*lengths, k, NEVER_BINDS, catalogue)
+        return compose(*lengths, k, budget, catalogues)
 
     found |= {"made s": round(seconds, 2), "compose ms": round(each(drawn, cut)[1], 2)}
     work: list[tuple[str, Callable[[], object]]] = [("order", lambda: [len(ids(step)) for step in everywhere])]
-    for part, call in [*work, ("compose", lambda: [len(cut(it)) for it in drawn]), ("make", lambda: made.__wrapped__(case))]:
+    for part, call in [*work, ("compose", lambda: [len(cut(it)) for it in drawn]), ("make", lambda: chosen(case, budget))]:
         order._block.cache_clear()
         tracemalloc.start()
         call()

@@ -7,6 +7,7 @@
     ├── CapacityError      3   it does not fit, or the cluster has too few GPUs or CPUs
     ├── TrainingError      4   training started and failed
     │   ├── NonFiniteError     a loss or gradient is NaN or infinite, or DeepSpeed skipped the step
+    │   ├── OutOfMemory        3   a GPU or a host has no memory left: it does not fit
     │   ├── PlanMismatch       the engine applies something else than the plan says
     │   └── ExportMismatch     the exported model is not the trained one
     └── Interrupted      130   Ctrl-C, SIGTERM
@@ -86,6 +87,12 @@ class TrainingError(TrainkitError):
 
 class NonFiniteError(TrainingError):
     """Facts: step, rank, what."""
+
+
+class OutOfMemory(TrainingError):
+    """Facts: rank, step, device ("GPU" or "host")."""
+
+    exit_code = 3
 
 
 class PlanMismatch(TrainingError):

@@ -32,11 +32,11 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def started(runs: Path, options: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+def started(runs: Path, options: Sequence[str], **variables: str) -> Iterator[subprocess.Popen[str]]:
     """The command in a process group of its own, as a terminal starts it; whatever is left of it is ended."""
     command = [sys.executable, "-m", "trainkit.run", str(ROOT / "recipes/quickstart.yaml"), "--runs", str(runs), "--name", "it", *options]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(), cwd=ROOT
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment() | variables, cwd=ROOT
     )
     try:
         yield process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from functools import cache
@@ -104,8 +105,46 @@ def points(folder: RunFolder) -> list[int]:
     return [event.step for event in events.Scalars("train/loss")]
 
 
-def test_ctrl_c_saves_and_resume_goes_on_with_other_workers(undisturbed: Callable[[str], list[dict[str, Any]]], tmp_path: Path) -> None:
-    folder, zero3 = RunFolder(tmp_path / "it"), ["--set", "zero=zero3"]
+def test_hanging_ranks_and_a_full_memory_are_named_and_cost_nothing(
+    undisturbed: Callable[[str], list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """A rank that stands still in a line of Python, one whose process is stopped, and one that runs out of memory."""
+    folder = RunFolder(tmp_path / "it")
+    planted = {"PLANTED": "hang:1:12 oom:0:40", "PLANTED_DONE": str(tmp_path), "HANG_SECONDS": "8", "PYTHONPATH": planted_path()}
+    with started(tmp_path, [*RUN, "--set", "zero=zero3", "--set", "train.halve_on_oom=true"], **planted) as process:
+        waited_for(lambda: len(list(folder.ray.glob("attempt-*"))) == 2, seconds=100)
+        waited_for(lambda: len(folder.read_steps()) >= 20 and len(ranks(family(process))) == 2, seconds=100)
+        ranks(family(process))[0].suspend()
+        out, err = process.communicate(timeout=240)
+        workers = family(process)
+    assert process.returncode == 0, out + err
+    found = summary(folder)
+    assert (found["status"], found["restarts"], found["steps"]) == ("completed", 3, STEPS)
+    stuck, silent, full = found["failures"]
+    assert "rank 1 stands at planted/sitecustomize.py:" in stuck["message"] and "in the optimizer step" in stuck["message"]
+    assert stuck["message"].startswith("step 12: ") and not stuck["from_outside"]
+    assert "rank 0 gives no sign of life" in silent["message"] and silent["from_outside"]
+    assert (full["kind"], full["message"].splitlines()[0]) == (
+        "OutOfMemory",
+        "step 40: rank 0 ran out of GPU memory in the optimizer step: CUDA out of memory. Tried to allocate 2.00 GiB.",
+    )
+    assert "with half the micro-batch budget" in out and "Traceback" not in out + err
+    assert folder.read_plan()["tokens_per_device"] == 2048
+    same, steps = undisturbed("zero3"), trained(folder)
+    assert steps[:32] == same[:32], "up to the last checkpoint before the budget was halved"
+    assert [step["order"] for step in steps] == [step["order"] for step in same]
+    assert alive(workers) == []
+
+
+def planted_path() -> str:
+    return os.pathsep.join(filter(None, [str(Path(__file__).parent / "planted"), os.environ.get("PYTHONPATH")]))
+
+
+def test_ctrl_c_saves_and_resume_goes_on_from_the_copy_with_other_workers(
+    undisturbed: Callable[[str], list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    folder, copies = RunFolder(tmp_path / "it"), f"file://{tmp_path}/copies"
+    zero3 = ["--set", "zero=zero3", "--set", f"run.copy_checkpoints_to={copies}"]
     with started(tmp_path, [*RUN, *zero3]) as process:
         wait_for_steps(folder, process, 20)
         workers = family(process)
@@ -116,13 +155,18 @@ def test_ctrl_c_saves_and_resume_goes_on_with_other_workers(undisturbed: Callabl
     assert found["status"] == "interrupted" and found["steps"] == len(folder.read_steps()) >= 20
     assert f"interrupted after step {found['steps']} of {STEPS}" in err and "--resume --name it" in err
     assert checkpoints.complete(folder.path)[0].step == found["steps"]
+    assert found["copy"] == {"step": found["steps"], "error": None}
+    kept = [path.name for path in sorted((folder.path / "checkpoints").iterdir())]
+    assert [path.name for path in sorted((tmp_path / "copies" / "it" / "checkpoints").iterdir())] == kept and len(kept) == 2
+    shutil.rmtree(folder.path)
     with started(tmp_path, [*RUN, *zero3, "--resume", "--set", "optimizer.lr=1.0e-5", "--set", "train.seed=1"]) as process:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "optimizer.lr" in err and "train.seed" in err
-    other = ["--set", "zero=zero1", "--set", "scaling.num_workers=1", "--set", "batch.samples_per_device=16"]
+    other = [*zero3, "--set", "zero=zero1", "--set", "scaling.num_workers=1", "--set", "batch.samples_per_device=16"]
     with started(tmp_path, [*RUN, *other, "--resume"]) as process:
         out, err = process.communicate(timeout=200)
     assert process.returncode == 0 and f"going on from step {found['steps']}" in out, out + err
+    assert f"the checkpoint of step {found['steps']} comes from {copies}/it" in out and summary(folder)["copy"]["step"] == STEPS
     same, steps = undisturbed("zero3"), trained(folder)
     assert [step["order"] for step in steps] == [step["order"] for step in same]
     assert steps[: found["steps"]] == same[: found["steps"]]

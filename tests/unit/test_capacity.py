@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainkit.cluster.capacity import Node, check_capacity, check_machine, matches, worker_nodes, worker_resources, workers_that_fit
+from trainkit.cluster.capacity import (
+    Node,
+    check_capacity,
+    matches,
+    worker_nodes,
+    worker_resources,
+    workers_here,
+    workers_on,
+    workers_that_fit,
+)
 from trainkit.errors import CapacityError, UsageError
 from trainkit.recipe.schema import Scaling
 
@@ -125,7 +134,7 @@ def test_a_list_of_labels_has_one_entry_for_each_worker() -> None:
     selectors = [{"zone": "in(a,b)"}, {"zone": "a"}]
     check_capacity(nodes, on_cpus(2, label_selector=selectors), 2)
     for check in (lambda: check_capacity(nodes, on_cpus(3, label_selector=selectors), 3),
-                  lambda: check_machine({"CPU": 9.0}, on_cpus(3, label_selector=selectors), 3)):  # fmt: skip
+                  lambda: workers_here({"CPU": 9.0}, on_cpus(3, label_selector=selectors), 3)):  # fmt: skip
         with pytest.raises(UsageError, match=r"scaling.label_selector: the list has 2 entries for 3 workers"):
             check()
 
@@ -153,11 +162,23 @@ def test_operators_are_needed_only_where_a_worker_can_come_to_run() -> None:
     assert worker_nodes(nodes, on_cpus(2, label_selector={"zone": "b"}), 2) == nodes[2:]
 
 
+def test_an_elastic_run_takes_the_room_that_there_is() -> None:
+    elastic = on_cpus(4).model_copy(update={"num_workers": [2, 4]})
+    assert [workers_on([Node({"CPU": float(cpus)})], elastic, 4) for cpus in (2, 3, 4, 9)] == [2, 3, 4, 4]
+    assert workers_on([Node({"CPU": 9.0})], elastic, 3) == 3, "fewer than the most, when those found no place"
+    assert workers_here({"CPU": 3.0, "GPU": 0.0}, elastic, 4) == 3
+    with pytest.raises(CapacityError, match="2 workers"):
+        workers_on([Node({"CPU": 1.0})], elastic, 4)
+    assert workers_on([Node({"CPU": 9.0})], on_cpus(4), 4) == 4
+    with pytest.raises(CapacityError, match="4 workers"):
+        workers_on([Node({"CPU": 3.0})], on_cpus(4), 4)
+
+
 def test_what_ray_will_find_here_is_not_missed_before_it_runs() -> None:
     asked = Scaling(use_gpu=False, resources_per_worker={"memory": 1e9, "mine": 1}, accelerator_type="H100", label_selector={"a": "b"})
-    check_machine({"CPU": 1.0, "GPU": 0.0}, asked, 1)
+    workers_here({"CPU": 1.0, "GPU": 0.0}, asked, 1)
     with pytest.raises(CapacityError, match="STRICT_SPREAD"):
-        check_machine({"CPU": 2.0}, on_cpus(2, placement_strategy="STRICT_SPREAD"), 2)
+        workers_here({"CPU": 2.0}, on_cpus(2, placement_strategy="STRICT_SPREAD"), 2)
 
 
 @pytest.mark.parametrize(

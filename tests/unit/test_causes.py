@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
 
 from trainkit.cluster.causes import first_cause
-from trainkit.errors import CapacityError, DataError, NonFiniteError, TrainingError
+from trainkit.errors import CapacityError, DataError, NonFiniteError, OutOfMemory, TrainingError
 from trainkit.runs.folder import RunFolder
 
 PEER_LOST = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:37608: Connection reset by peer")
@@ -52,15 +52,23 @@ def test_a_process_that_ray_saw_die_is_named(folder: RunFolder) -> None:
     assert "the process of rank 2 ended" in cause.message and "Ray says: The actor died" in cause.message
 
 
-@pytest.mark.parametrize("death", [ActorDiedError(), OutOfMemoryError("Task was killed due to the node running low on memory.")])
-def test_a_death_that_ray_saw_in_a_health_check_is_one(folder: RunFolder, death: Exception) -> None:
+@pytest.mark.parametrize(
+    ("death", "words"),
+    [
+        (ActorDiedError(), "the process of rank 1 ended without an error of its own"),
+        (
+            OutOfMemoryError("Task was killed due to the node running low on memory."),
+            "the process of rank 1 was ended for want of host memory",
+        ),
+    ],
+)
+def test_a_death_that_ray_saw_in_a_health_check_is_one(folder: RunFolder, death: Exception, words: str) -> None:
     """So Ray Train reports every process that is gone, without raising one from the other."""
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
     gone = WorkerGroupError("", {1: WorkerHealthCheckFailedError("A worker health check failed.", death)})
     cause = first_cause(gone, folder, 4)
-    assert "the process of rank 1 ended without an error of its own" in cause.message
-    assert "Ray says: " in cause.message and cause.facts["rank"] == 1
+    assert words in cause.message and "Ray says: " in cause.message and cause.facts["rank"] == 1
 
 
 def test_a_group_that_died_before_it_could_write_is_still_told(folder: RunFolder) -> None:
@@ -141,6 +149,16 @@ def test_out_of_memory_is_a_failure_of_its_own_though_ray_has_an_error_of_that_n
 
 def test_a_controller_that_failed_is_ended_from_outside(folder: RunFolder) -> None:
     assert first_cause(ControllerError(RuntimeError("lost")), folder, 2).facts["from_outside"]
+
+
+@pytest.mark.parametrize("by_ray", [True, False])
+def test_a_process_that_was_ended_for_want_of_host_memory_is_named_so(folder: RunFolder, by_ray: bool) -> None:
+    """By Ray's monitor, which says so, or by the kernel, which counts."""
+    folder.write_error(0, 3, PEER_LOST, "Traceback")
+    group = WorkerGroupError("rank 1 failed", {1: OutOfMemoryError("memory monitor: 0.95") if by_ray else ActorDiedError()})
+    cause = first_cause(group, folder, 2, oom_kills=0 if by_ray else 1)
+    assert type(cause) is OutOfMemory and "the process of rank 1 was ended after step 3 for want of host memory" in cause.message
+    assert (cause.exit_code, cause.facts) == (3, {"rank": 1, "step": 3, "device": "host"})
 
 
 def test_workers_that_found_no_place_in_time_are_a_matter_of_capacity(folder: RunFolder) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainkit.cluster.faults import Failure, decide
+from trainkit.cluster.faults import Allowed, Failure, Verdict
+from trainkit.cluster.faults import decide as decide_on
 from trainkit.errors import (
     CapacityError,
     DataError,
@@ -16,6 +17,7 @@ from trainkit.errors import (
     Fault,
     Interrupted,
     NonFiniteError,
+    OutOfMemory,
     PlanMismatch,
     RecipeError,
     TrainingError,
@@ -24,6 +26,10 @@ from trainkit.errors import (
 )
 
 MANY = 1_000_000
+
+
+def decide(failures: Sequence[Failure], max_failures: int, halve: bool = False, shrink: bool = False) -> Verdict:
+    return decide_on(failures, Allowed(max_failures, halve, shrink))
 
 
 def own(ended_at: int, message: str = "a bug", began_at: int = 0, kind: str = "TrainingError") -> Failure:
@@ -102,7 +108,9 @@ def test_a_restart_says_how_many_are_left_and_the_last_names_the_key() -> None:
     assert not decide([outside(3)], 0).again
 
 
-@pytest.mark.parametrize("kind", [NonFiniteError, PlanMismatch, ExportMismatch, UsageError, DataError, CapacityError, Interrupted])
+@pytest.mark.parametrize(
+    "kind", [NonFiniteError, OutOfMemory, PlanMismatch, ExportMismatch, UsageError, DataError, CapacityError, Interrupted]
+)
 def test_what_is_wrong_by_itself_is_final(kind: type[TrainkitError]) -> None:
     failure = Failure.of(kind("so it is", from_outside=True, step=7), 5, 9)
     assert failure == Failure(kind.__name__, "so it is", from_outside=True, final=True, began_at=5, ended_at=9)
@@ -130,3 +138,28 @@ def test_every_error_of_the_package_is_decided_on() -> None:
         if not Failure.of(kind("so it is"), 0, 1).final:
             tried_again.add(kind)
     assert tried_again == {TrainingError}
+
+
+OUT_OF_MEMORY = Failure.of(OutOfMemory("step 1: rank 0 ran out of GPU memory", rank=0, step=1, device="GPU"), 0, 0)
+NO_PLACE = Failure.of(CapacityError("2 workers found no place in time", no_place=True), 8, 8)
+
+
+def test_out_of_memory_is_tried_again_with_half_the_budget_alone_and_even_before_the_first_step() -> None:
+    assert not decide([OUT_OF_MEMORY], MANY).again
+    verdict = decide([OUT_OF_MEMORY], 2, halve=True)
+    assert verdict.again and verdict.halve and not verdict.shrink and "half the micro-batch budget" in verdict.why
+    assert not decide([OUT_OF_MEMORY] * 3, 2, halve=True).again
+
+
+def test_an_elastic_run_shrinks_when_its_workers_find_no_place_and_no_other_does() -> None:
+    assert not decide([NO_PLACE], MANY).again
+    verdict = decide([outside(8), NO_PLACE], 1, shrink=True)
+    assert verdict.again and verdict.shrink and not verdict.halve
+    assert not decide([outside(8), NO_PLACE, outside(9)], 1).again
+    assert decide([outside(8), NO_PLACE, outside(9)], 2).why == "restart 2 of at most 2"
+
+
+@given(before=FAILURES, halve=st.booleans(), shrink=st.booleans())
+def test_nothing_is_halved_or_shrunk_for_any_other_failure(before: list[Failure], halve: bool, shrink: bool) -> None:
+    verdict = decide(before, MANY, halve, shrink)
+    assert (verdict.halve, verdict.shrink) == (False, False)

@@ -22,6 +22,7 @@ OWNERS = {
     "torch.utils.tensorboard": ["training/board.py"],
     "accelerate": ["training/model.py"],
     "typer": ["cli.py"],
+    "fsspec": ["runs/copies.py"],
 }
 PLAN = """
 from trainkit.cli import main

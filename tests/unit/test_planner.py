@@ -15,7 +15,7 @@ from rich.console import Console
 from test_memory import recipe_of, t5_large
 
 from trainkit.data import batches
-from trainkit.data.catalogue import make_catalogue
+from trainkit.data.catalogue import Catalogues
 from trainkit.errors import CapacityError, RecipeError
 from trainkit.planning import planner
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts, Parameter
@@ -73,8 +73,21 @@ def test_a_token_budget_bounds_the_micro_batches(samples: int, workers: int, tok
     plan = plan_of(batch={"samples": samples, "tokens_per_device": tokens}, scaling={"num_workers": workers})
     budget, random = batches.Budget(tokens=tokens), np.random.default_rng(seed)
     full, shorter = np.full((2, samples), 96), random.integers(1, 97, (2, samples))
-    composed = [batches.compose(*step, workers, budget, make_catalogue(*step, samples, workers, budget)) for step in (full, shorter)]
+    composed = [batches.compose(*step, workers, budget, Catalogues(*step, samples, budget)) for step in (full, shorter)]
     assert len(composed[0]) == plan.micro_batches_per_step >= len(composed[1])
+
+
+@given(st.integers(1, 500), st.integers(1, 8), st.integers(1, 4096), st.booleans())
+def test_half_the_budget_keeps_the_step_and_ends(samples: int, workers: int, budget: int, rows: bool) -> None:
+    key = "samples_per_device" if rows else "tokens_per_device"
+    plan, halvings = plan_of(batch={"samples": samples, key: budget}, scaling={"num_workers": workers}), 0
+    while (smaller := planner.halved(plan)) is not None:
+        before, after = getattr(plan, key), getattr(smaller, key)
+        assert after == before // 2 and smaller.samples_per_step == samples and smaller.world_size == workers
+        assert smaller.micro_batches_per_step == workers * smaller.accumulation >= plan.micro_batches_per_step
+        assert smaller.accumulation <= -(-samples // workers)
+        plan, halvings = smaller, halvings + 1
+    assert halvings <= 12 and getattr(plan, key) < 2 * planner.LENGTH_STEP
 
 
 @given(st.integers(1, 10_000), st.integers(1, 500), st.integers(1, 5), st.none() | st.integers(1, 1000))

@@ -159,7 +159,9 @@ def test_a_learning_rate_is_a_finite_positive_number(folder: Path, number: str) 
         (["model.task=classification", "data.source=['{a}']"], "exactly two templates, given 1"),
         (["data.packing=true"], "only for causal"),
         (["data.packing=true", "model.task=causal", "model.attn_implementation=flash_attention_2"], "write sdpa or eager"),
-        (["scaling.num_workers=[1, 4]"], "not available yet"),
+        (["scaling.num_workers=[4, 1]"], "write the fewest and the most workers"),
+        (["scaling.num_workers=[4]"], "write the fewest and the most workers"),
+        (["scaling.num_workers=[1, 4]", "scaling.label_selector=[{zone: a}]"], "write one mapping"),
         (["model.precision=fp16", "scaling.use_gpu=false"], "no fp16 training on a CPU"),
         (["train.metrics=[exact_mach]", "data.eval=0.1"], "did you mean exact_match?"),
         (

@@ -32,6 +32,8 @@ CHANGES = {  # of each key of the layout
     "train.save_steps": "train.save_steps=10",
     "train.save_total_limit": "train.save_total_limit=1",
     "train.early_stopping_patience": "train.early_stopping_patience=3",
+    "train.halve_on_oom": "train.halve_on_oom=true",
+    "train.deterministic": "train.deterministic=true",
 }
 
 

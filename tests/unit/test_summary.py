@@ -76,7 +76,7 @@ def ended(folder: RunFolder, train: Callable[[], Any], signals: int = 0) -> Trai
     """The error with which the driver ends a run whose `train` raises."""
     taken = Signals()
     taken.taken = signals
-    run = SimpleNamespace(train=train, plan=PLAN, folder=folder, signals=taken, failures=[], restarts=0)
+    run = SimpleNamespace(train=train, plan=PLAN, folder=folder, signals=taken, failures=[], restarts=0, oom_kills=0)
     with pytest.raises(TrainkitError) as raised:
         driver._recorded(cast(Any, run), 0.0)
     return raised.value

@@ -66,12 +66,25 @@ def worker_nodes(nodes: Sequence[Node], scaling: Scaling, num_workers: int) -> l
     return [node for node in nodes if room(node, scaling) and any(matches(node.labels, selector) for selector in selectors)]
 
 
-def check_machine(resources: Mapping[str, float], scaling: Scaling, num_workers: int) -> None:
-    """`check_capacity` for a Ray that is still to be started here: only then are memory, accelerator types and labels known."""
+def workers_here(resources: Mapping[str, float], scaling: Scaling, num_workers: int) -> int:
+    """`workers_on` for a Ray that is still to be started here: only then are memory, accelerator types and labels known."""
     label_selectors(scaling, num_workers)
     here = scaling.model_copy(update={"accelerator_type": None, "label_selector": None})
     enough = {name: amount * num_workers for name, amount in worker_resources(scaling).items()}
-    check_capacity([Node(enough | dict(resources))], here, num_workers)
+    return workers_on([Node(enough | dict(resources))], here, num_workers)
+
+
+def workers_on(nodes: Sequence[Node], scaling: Scaling, num_workers: int) -> int:
+    """How many workers to start: `num_workers`, or of an elastic run as many of them as there is room for.
+
+    Raises CapacityError or UsageError as `check_capacity` does.
+    """
+    count = num_workers
+    if isinstance(scaling.num_workers, list):
+        _check_worker(scaling)
+        count = max(scaling.num_workers[0], workers_that_fit(nodes, scaling, num_workers))
+    check_capacity(nodes, scaling, count)
+    return count
 
 
 def check_capacity(nodes: Sequence[Node], scaling: Scaling, num_workers: int) -> None:

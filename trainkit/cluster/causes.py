@@ -29,8 +29,10 @@ _NO_PLACE = "WorkerGroupStartupTimeoutError"  # Ray keeps the class to itself
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def first_cause(failure: BaseException, folder: RunFolder, world_size: int) -> TrainkitError:
+def first_cause(failure: BaseException, folder: RunFolder, world_size: int, oom_kills: int = 0) -> TrainkitError:
     """The error to show for what ended a run. Its kind, message and exit code are those of the rank that failed first.
+
+    oom_kills: processes that the kernel ended meanwhile for want of memory.
 
     A process that Ray saw die comes before any DistBackendError: NCCL words what happens to the survivors in too many ways to know all.
     """
@@ -43,7 +45,7 @@ def first_cause(failure: BaseException, folder: RunFolder, world_size: int) -> T
     if of_its_own:
         return _told(of_its_own[0], folder)
     if dead or (left and silent):
-        return _killed(silent, left, dead)
+        return _killed(silent, left, dead, oom_kills)
     if left:
         return _told(left[0], folder)
     return _unknown(failure, folder, world_size)
@@ -84,12 +86,18 @@ def _is_rays(error: WorkerError) -> bool:
     return isinstance(kind, type) and issubclass(kind, RayError) and kind is not exceptions.OutOfMemoryError  # torch has one of that name
 
 
-def _killed(silent: list[int], left: list[WorkerError], dead: dict[int, BaseException]) -> TrainingError:
+def _killed(silent: list[int], left: list[WorkerError], dead: dict[int, BaseException], oom_kills: int) -> TrainingError:
     """A process that ended without a word: killed by somebody, by the system for want of memory, or crashed in native code."""
     who = f"rank {silent[0]}" if len(silent) == 1 else f"one of the ranks {', '.join(map(str, silent))}" if silent else "a rank"
     step = max((error.step for error in left), default=None)
     when = "" if step is None else f" after step {step}"
     reason = f"\nRay says: {_ray_reason(next(iter(dead.values())))}" if dead else ""
+    if oom_kills or any(isinstance(link, exceptions.OutOfMemoryError) for error in dead.values() for link in _chain(error)):
+        return errors.OutOfMemory(
+            f"the process of {who} was ended{when} for want of host memory.{reason}\n"
+            "Write a ZeRO configuration without offload, fewer workers on this node, or a smaller batch.tokens_per_device",
+            rank=silent[0] if len(silent) == 1 else None, step=step, device="host",
+        )  # fmt: skip
     return TrainingError(
         f"the process of {who} ended{when} without an error of its own: killed by a signal, by the system for want of memory, "
         f"or crashed in native code.{reason}",
@@ -117,7 +125,8 @@ def _unknown(failure: BaseException, folder: RunFolder, world_size: int) -> Trai
     if isinstance(failure, ControllerError) and type(failure.controller_failure).__name__ == _NO_PLACE:
         return CapacityError(
             f"scaling: {world_size} workers found no place in time: the nodes are large enough for them, and other jobs hold what they "
-            "need (`ray status` shows it). Try again later, ask for less, or set RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S to wait longer"
+            "need (`ray status` shows it). Try again later, ask for less, or set RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S to wait longer",
+            no_place=True,
         )
     of_ray = isinstance(failure, WorkerGroupError | ControllerError | RayError)
     words = _full_disk(failure, folder) or ": ".join(filter(None, [type(failure).__name__, str(failure).strip()]))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from trainkit.cluster.hardware import worker_device
 from trainkit.data.files import globbed
 from trainkit.errors import DataError
-from trainkit.planning.facts import DataFacts
+from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
 from trainkit.planning.planner import Plan, make_plan
 from trainkit.recipe.schema import Recipe
-from trainkit.recipe.zero import read_zero
+from trainkit.recipe.zero import ZeroConfig, read_zero
 
 Read = TypeVar("Read")
 
@@ -24,7 +24,15 @@ class Decision:
 
     recipe: Recipe
     plan: Plan
+    facts: tuple[ZeroConfig, ModelFacts | None, DataFacts, Hardware]  # that the plan was made from
     unknown: tuple[str, ...] = ()
+
+    def with_workers(self, num_workers: int) -> Decision:
+        """The same on so many workers. Raises CapacityError if the model states exceed the device."""
+        if num_workers == self.plan.world_size:
+            return self
+        scaling = self.recipe.scaling.model_copy(update={"num_workers": num_workers})
+        return replace(self, plan=make_plan(self.recipe.model_copy(update={"scaling": scaling}), *self.facts))
 
 
 def decide(recipe: Recipe, path: Path, gpu_memory_bytes: int | None = None) -> Decision:
@@ -43,8 +51,8 @@ def decide(recipe: Recipe, path: Path, gpu_memory_bytes: int | None = None) -> D
     model, no_model = _reached(lambda: model_facts(recipe), [recipe.model.path])
     data, no_data = _reached(lambda: count_rows(recipe), data_paths)
     hardware = worker_device(recipe.scaling.use_gpu, gpu_memory_bytes)
-    plan = make_plan(recipe, zero, model, data or DataFacts(None, None), hardware)
-    return Decision(recipe, plan, tuple(fault for fault in (no_model, no_data) if fault))
+    facts = zero, model, data or DataFacts(None, None), hardware
+    return Decision(recipe, make_plan(recipe, *facts), facts, tuple(fault for fault in (no_model, no_data) if fault))
 
 
 def _reached(read: Callable[[], Read], paths: list[str]) -> tuple[Read | None, str | None]:

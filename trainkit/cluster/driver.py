@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from trainkit.cluster import hardware, screen
-from trainkit.cluster.capacity import check_machine
+from trainkit.cluster.capacity import Node, workers_here, workers_on
 from trainkit.cluster.decision import Decision, decide
-from trainkit.cluster.faults import Failure
+from trainkit.cluster.faults import Allowed, Failure
 from trainkit.cluster.faults import decide as decide_what_to_do
 from trainkit.cluster.launch import Launch, launch
 from trainkit.cluster.progress import counter, display
@@ -27,11 +27,11 @@ from trainkit.cluster.session import cluster_address, environment, environment_s
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
 from trainkit.errors import DataError, Interrupted, TrainkitError, UsageError
-from trainkit.planning.planner import Plan
-from trainkit.planning.show import plan_text
+from trainkit.planning.planner import Plan, halved
+from trainkit.planning.show import batch_equation, plan_text
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
-from trainkit.runs import checkpoints
+from trainkit.runs import checkpoints, copying
 from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import PREDECESSOR_SECONDS, RunFolder, check_storage
 
@@ -67,23 +67,32 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             decision = _decide(recipe, path, address, console)
             if before is not None:
                 check_unfinished(before, decision.plan.total_steps)
-            folder = before or RunFolder.create(recipe.run.storage_path, recipe.name, options.name)
+            folder = before or RunFolder.create(recipe.run.storage_path, recipe.name, options.name, _copied_runs(recipe, options.name))
         except KeyboardInterrupt:
             raise Interrupted("interrupted before anything was started") from None
         with folder.lock("driver", wait_seconds=PREDECESSOR_SECONDS if before else 0.0):
             return _recorded(
-                _Run(address, options.verbose, wish, recipe, decision.plan, folder, console, signals, before is not None), began
+                _Run(address, options.verbose, wish, recipe, decision, decision.plan, folder, console, signals, before is not None), began
             )
+
+
+def _copied_runs(recipe: Recipe, name: str | None) -> set[str]:
+    """Raises UsageError if a run of the wished name has its copy already, or the copies cannot be read."""
+    url = recipe.run.copy_checkpoints_to
+    taken = set() if url is None else copying.runs_at(url)
+    if name in taken:
+        raise UsageError(f"{url}/{name}: a copy of a run of this name lies there. Go on with it with --resume, or choose another --name")
+    return taken
 
 
 def _decide(recipe: Recipe, path: Path, address: str | None, console: Console) -> Decision:
     """Print the plan, and check that this machine has what the workers take. A run needs what a mere plan may leave unknown."""
     decision = decide(recipe, path)
+    if address is None and not decision.unknown:
+        decision = decision.with_workers(workers_here(hardware.local_resources(), recipe.scaling, decision.plan.world_size))
     console.print(plan_text(decision.plan))
     if decision.unknown:
         raise DataError("\n".join(decision.unknown))
-    if address is None:
-        check_machine(hardware.local_resources(), recipe.scaling, decision.plan.world_size)
     return decision
 
 
@@ -93,7 +102,8 @@ class _Run:
     verbose: bool
     wish: Recipe
     recipe: Recipe  # with what a resumed run keeps
-    plan: Plan
+    decision: Decision
+    plan: Plan  # of the attempt: an elastic run may have fewer workers than was decided, and smaller micro-batches after want of memory
     folder: RunFolder
     console: Console
     signals: Signals
@@ -101,6 +111,9 @@ class _Run:
     failures: list[Failure] = field(default_factory=list)  # of attempts of this command
     restarts: int = 0
     done: int = 0  # steps that this attempt began with
+    halvings: int = 0  # of the micro-batch budget
+    most_workers: int | None = None  # of the next attempt
+    oom_kills: int = field(default_factory=hardware.oom_kills)  # before this attempt
 
     def train(self) -> dict[str, Any]:
         """From the made folder to rank 0's outcome."""
@@ -123,18 +136,20 @@ class _Run:
     def _attempt(self, prepared: Any, checkpoint: Checkpoint | None) -> dict[str, Any]:
         done = self.done = 0 if checkpoint is None else checkpoint.step
         self._check_data(prepared, checkpoint)
-        attempt = self.folder.begin_attempt()
+        attempt, self.oom_kills = self.folder.begin_attempt(), hardware.oom_kills()
         self.folder.keep_steps(done)
         if self.resumed or self.failures:
             self._say(f"going on from step {done}" if done else "no checkpoint yet: beginning again", "dim")
         asked = Launch(
             recipe=self.recipe,
             plan=self.plan,
+            plan_on=self._plan_on,
             folder=self.folder,
             prepared=prepared,
             first_weights=self._first_weights(prepared) if checkpoint is None else None,
             address=self.address,
             verbose=self.verbose,
+            say=lambda text: self._say(text, "yellow"),
             attempt=attempt,
             checkpoint=checkpoint,
         )
@@ -144,17 +159,42 @@ class _Run:
         error = _cause(failure, self)
         steps = self.folder.read_steps()
         self.failures.append(Failure.of(error, 0 if checkpoint is None else checkpoint.step, steps[-1]["step"] if steps else 0))
-        verdict = decide_what_to_do(self.failures, self.recipe.run.max_failures)
+        verdict = decide_what_to_do(self.failures, self._allowed())
         if self.signals.taken or not verdict.again:
             raise error from failure
         self.restarts += 1
+        self.halvings += verdict.halve
+        self.most_workers = self.plan.world_size - 1 if verdict.shrink else None
         self._say(f"{error.message}\n{verdict.why}", "yellow")
+
+    def _allowed(self) -> Allowed:
+        workers = self.recipe.scaling.num_workers
+        return Allowed(
+            self.recipe.run.max_failures,
+            halve=self.recipe.train.halve_on_oom and halved(self.plan) is not None,
+            shrink=isinstance(workers, list) and self.plan.world_size > workers[0],
+        )
+
+    def _plan_on(self, nodes: Sequence[Node]) -> Plan:
+        """For as many workers as these nodes have room for, and the budget that is left."""
+        decided = self.decision.plan.world_size
+        plan = self.decision.with_workers(workers_on(nodes, self.recipe.scaling, self.most_workers or decided)).plan
+        for _ in range(self.halvings):
+            plan = halved(plan) or plan
+        if plan != self.plan:
+            self.folder.write_plan(plan.to_json())
+            self._say(f"{plan.world_size} of {decided} workers; {batch_equation(plan)}", "yellow")
+        self.plan = plan
+        return plan
 
     def _checkpoint(self) -> Checkpoint | None:
         """The newest one that holds, once nobody writes there any more."""
         self.folder.lock("rank-0", wait_seconds=PREDECESSOR_SECONDS).release()
         checkpoints.clear_incomplete(self.folder.path)
         sound = checkpoints.newest_sound(self.folder.path, lambda text: self._say(text, "yellow"))
+        url = self.recipe.run.copy_checkpoints_to
+        if url is not None and not self.failures:  # of this command: its own are as new
+            sound = copying.newest(url, self.folder.path, sound, lambda text: self._say(text, "yellow"))
         if sound is None and checkpoints.complete(self.folder.path):
             raise UsageError(
                 f"{self.folder.path / 'checkpoints'}: none of the checkpoints can be used. Put one back as it was, or begin a new run"
@@ -230,6 +270,9 @@ def _recorded(run: _Run, began: float) -> dict[str, Any]:
             run.folder.write_summary(summary)
         except TrainkitError as unwritten:  # the disk is full: what filled it is told first
             error = error or unwritten
+    lacks = (summary.get("copy") or {}).get("error")
+    if lacks:
+        run.console.print(lacks, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if error is not None:
         raise error
     screen.show_result(run.console, run.folder, run.recipe, summary)
@@ -241,7 +284,7 @@ def _cause(failure: Exception, run: _Run) -> TrainkitError:
         return failure
     from trainkit.cluster.causes import first_cause
 
-    return first_cause(failure, run.folder, run.plan.world_size)
+    return first_cause(failure, run.folder, run.plan.world_size, hardware.oom_kills() - run.oom_kills)
 
 
 def _unless_interrupted(error: TrainkitError, run: _Run) -> TrainkitError:

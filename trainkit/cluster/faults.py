@@ -2,7 +2,8 @@
 
 A process that ended from outside (a worker, an actor, Ray's own processes, a node) says nothing against the run: the group starts again
 from the newest complete checkpoint. What the code itself raised may be a flaw of the moment or a bug: it gets one more try, unless nothing
-was trained before it, and the same error at the same step twice is a bug. What is wrong by itself (recipe, data, a NaN) is not tried again.
+was trained before it, and the same error at the same step twice is a bug. What is wrong by itself (recipe, data, a NaN) is not tried again;
+out of memory is tried again only with smaller micro-batches, and want of room only with fewer workers.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainkit.errors import ExportMismatch, NonFiniteError, PlanMismatch, TrainingError, TrainkitError
+from trainkit.errors import ExportMismatch, NonFiniteError, OutOfMemory, PlanMismatch, TrainingError, TrainkitError
 
-FINAL = (NonFiniteError, PlanMismatch, ExportMismatch)  # training errors that would come again
+FINAL = (NonFiniteError, OutOfMemory, PlanMismatch, ExportMismatch)  # training errors that would come again
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,12 @@ class Failure:
     final: bool  # it would come again
     began_at: int  # step of the checkpoint that the attempt began with; 0: from the start
     ended_at: int  # the last step it finished
+    no_place: bool = False  # the workers found none in time
 
     @classmethod
     def of(cls, error: TrainkitError, began_at: int, ended_at: int) -> Failure:
         final = not isinstance(error, TrainingError) or isinstance(error, FINAL)
-        return cls(type(error).__name__, error.message, bool(error.facts.get("from_outside")), final, began_at, ended_at)
+        return cls(type(error).__name__, error.message, _is(error, "from_outside"), final, began_at, ended_at, _is(error, "no_place"))
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,39 @@ class Verdict:
 
     again: bool
     why: str
+    halve: bool = False  # the budget of a micro-batch
+    shrink: bool = False  # by a worker
 
 
-def decide(failures: Sequence[Failure], max_failures: int) -> Verdict:
-    """What to do after the last of the failures of this command."""
-    last = failures[-1]
+@dataclass(frozen=True)
+class Allowed:
+    """What a run may do about its failures."""
+
+    max_failures: int
+    halve: bool = False  # there is a budget of a micro-batch to halve, and the recipe allows it
+    shrink: bool = False  # an elastic run has more workers than its fewest
+
+
+def decide(failures: Sequence[Failure], allowed: Allowed) -> Verdict:
+    """What to do after the last of the failures of this command. Want of room does not count: an elastic run only shrinks to its fewest."""
+    last, counted = failures[-1], [failure for failure in failures if not failure.no_place]
+    if last.no_place and allowed.shrink:
+        return Verdict(True, "going on with a worker less", shrink=True)
+    if last.kind == OutOfMemory.__name__ and allowed.halve and len(counted) <= allowed.max_failures:
+        return Verdict(True, f"restart {len(counted)} of at most {allowed.max_failures}, with half the micro-batch budget", halve=True)
     if last.final:
         return Verdict(False, "the same would happen again")
     if not last.from_outside and last.ended_at <= last.began_at:
         return Verdict(False, "it failed before its first step")
     if not last.from_outside and any(_same(last, other) for other in failures[:-1]):
         return Verdict(False, f"the same error after step {last.ended_at} twice")
-    if len(failures) > max_failures:
-        return Verdict(False, f"run.max_failures: {max_failures}")
-    return Verdict(True, f"restart {len(failures)} of at most {max_failures}")
+    if len(counted) > allowed.max_failures:
+        return Verdict(False, f"run.max_failures: {allowed.max_failures}")
+    return Verdict(True, f"restart {len(counted)} of at most {allowed.max_failures}")
+
+
+def _is(error: TrainkitError, fact: str) -> bool:
+    return bool(error.facts.get(fact))
 
 
 def _same(one: Failure, other: Failure) -> bool:

@@ -45,6 +45,14 @@ def local_resources() -> dict[str, float]:
     return {"CPU": float(cpu_count()), "GPU": float(len(gpu_names()))}
 
 
+def oom_kills(events: Path = Path("/sys/fs/cgroup/memory.events")) -> int:
+    """Processes of this machine or container that the kernel has ended for want of memory; 0 where it does not say (no cgroup v2)."""
+    try:
+        return int(dict(line.split() for line in events.read_text("utf-8").splitlines())["oom_kill"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for the run folder. No environment variables, no user, no paths: none of them belongs in a file to share."""
     return {

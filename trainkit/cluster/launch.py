@@ -11,13 +11,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.cluster.capacity import Node, check_capacity, worker_nodes, worker_resources
+from trainkit.cluster.capacity import Node, worker_nodes, worker_resources
+from trainkit.cluster.hangs import Stillnesses, signs
 from trainkit.cluster.progress import Display, View, Watch
-from trainkit.cluster.session import check_head, environment, environment_settings, head_processes, ray_session
+from trainkit.cluster.session import check_head, draining_nodes, environment, environment_settings, head_processes, ray_session
 from trainkit.cluster.signals import Signals
 from trainkit.errors import UsageError
 from trainkit.planning.planner import Plan
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _COLLECTIVE_SECONDS = 1800  # longer than the slowest export or build of an operator: a rank that failed is noticed by Ray, not by this
 _LOOK_SECONDS = 0.2
+_NOTICE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Launch:
     """All that a run needs once its rows are tokenized and its first weights are drawn."""
 
     recipe: Recipe
-    plan: Plan
+    plan: Plan  # for as many workers as there can be
+    plan_on: Callable[[Sequence[Node]], Plan]  # for the nodes that there are; raises CapacityError if they are too few
     folder: RunFolder
     prepared: Prepared
     first_weights: Path | None
     address: str | None  # of an existing cluster; None starts a local Ray
     verbose: bool
+    say: Callable[[str], None]  # to the person who waits
     attempt: int = 1  # from 1
     checkpoint: Checkpoint | None = None  # to go on from
 
@@ -54,7 +58,7 @@ def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[],
     """
     settings = environment_settings(asked.recipe, local=asked.address is None)
     with environment(settings), _quiet(asked), ray_session(asked.address, settings, asked.verbose, signals) as nodes:
-        check_capacity(nodes, asked.recipe.scaling, asked.plan.world_size)
+        asked = replace(asked, plan=asked.plan_on(nodes))
         _build_operators(worker_nodes(nodes, asked.recipe.scaling, asked.plan.world_size), asked, display)
         trainer = _trainer(asked)
         with signals.softly(stop):
@@ -214,12 +218,37 @@ def _fit(trainer: Any, asked: Launch, display: Display) -> dict[str, Any]:
             ended.set()
 
     threading.Thread(target=fit, name="fit", daemon=True).start()
-    watch, head = Watch(asked.folder, asked.plan.total_steps), head_processes()
+    watch, head, notices = Watch(asked.folder, asked.plan.total_steps), head_processes(), _Notices(asked)
+    stillnesses = Stillnesses(asked.plan.world_size, lambda: signs(asked.folder, asked.plan.world_size))
     with display:
         while not ended.wait(_LOOK_SECONDS):
-            display.show(watch.look())
+            still = stillnesses.look()
+            if still is not None and still.hangs:
+                raise still.error()
+            display.show(watch.look() if still is None else View(f"{still.text()},", still.seconds))
             check_head(head)
+            notices.look()
+            if note := asked.folder.take_note():
+                asked.say(note)
         display.show(watch.look())
     if isinstance(result[0], BaseException):
         raise result[0]
     return result[0]
+
+
+class _Notices:
+    """Asks for a checkpoint when a node of a joined cluster is about to go away."""
+
+    def __init__(self, asked: Launch):
+        self.folder, self.joined = asked.folder, asked.address is not None
+        self.known: set[str] = set()
+        self.looked = time.monotonic()
+
+    def look(self) -> None:
+        if not self.joined or time.monotonic() - self.looked < _NOTICE_SECONDS:
+            return
+        self.looked = time.monotonic()
+        leaving = draining_nodes()
+        if leaving - self.known:
+            self.folder.request_save()
+        self.known |= leaving

@@ -9,23 +9,26 @@ from typing import Any
 from trainkit.errors import RecipeError, UsageError
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
+from trainkit.runs.copying import make_again
 from trainkit.runs.folder import RunFolder, check_name
 
 LAYOUT = (  # may differ from what the run began with: where and how often, not what is trained
     "name", "scaling", "zero", "run", "batch.tokens_per_device", "batch.samples_per_device", "model.gradient_checkpointing",
     "train.max_steps", "train.epochs", "train.eval_steps", "train.save_steps", "train.save_total_limit", "train.early_stopping_patience",
+    "train.halve_on_oom", "train.deterministic",
 )  # fmt: skip
 
 
 def run_to_resume(recipe: Recipe, path: Path, name: str | None) -> RunFolder:
     """The run folder of that name; that of the recipe, if `path` lies in one; else the newest unfinished run of a recipe of this name.
 
-    Raises UsageError if there is none.
+    A folder of that name that is lost is made again from its copy. Raises UsageError if there is none.
     """
     storage = Path(recipe.run.storage_path).absolute()
     if name is not None:
         folder = storage / check_name(name)
-        if not (folder / "recipe.yaml").is_file():
+        url = recipe.run.copy_checkpoints_to
+        if not (folder / "recipe.yaml").is_file() and (url is None or not make_again(url, folder)):
             raise UsageError(f"--resume: {folder} is no run folder. Leave --resume away to begin")
         return RunFolder(folder)
     if path.name == "recipe.yaml" and (path.parent / "plan.json").is_file():

@@ -54,17 +54,24 @@ def environment_settings(recipe: Recipe, local: bool) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",  # the same for Ray
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a dead rank is seen after 0.2 s instead of 2
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",  # a hung node after 2 minutes instead of 10
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # the nodes are large enough: others' jobs get this long to free what they hold
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; a worker that is taken away fails as any other
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": _start_seconds(recipe),  # others' jobs get this long to free what they hold
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less: the driver itself looks for nodes that will go away
         "RAY_TRAIN_METRICS_ENABLED": "0",  # Ray's own dashboards are not started
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # no warning about GPUs that an actor without GPUs could see
     }
+    if recipe.train.deterministic:
+        settings["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may add in another order each time
     if not recipe.scaling.use_gpu:
         settings["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that it sees
     if local and (token := _own_token()) is not None:
         settings["RAY_AUTH_MODE"] = "token"  # other users of this machine cannot send tasks to this Ray
         settings["RAY_AUTH_TOKEN"] = token  # inherited and never written to a file
     return settings
+
+
+def _start_seconds(recipe: Recipe) -> str:
+    """An elastic run goes on with fewer workers instead of waiting long: the nodes that are large enough for them may just have died."""
+    return "20" if isinstance(recipe.scaling.num_workers, list) else "300"
 
 
 @functools.cache
@@ -112,10 +119,11 @@ def ray_session(address: str | None, settings: dict[str, str], verbose: bool, si
         else:
             _join(address, settings, verbose)
         signals.install()
+        leaving = draining_nodes()
         yield [
             Node(node["Resources"], node["Labels"], name=f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", id=node["NodeID"])
             for node in ray.nodes()
-            if node["Alive"]
+            if node["Alive"] and node["NodeID"] not in leaving
         ]
     finally:
         with signals.ignored():
@@ -137,6 +145,13 @@ def _join(address: str, settings: dict[str, str], verbose: bool) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"--address {address}: no Ray cluster can be joined: {reason}") from None
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that Ray was told will go away (`ray drain-node`, a cloud's notice). Ray has no public function for it."""
+    import ray
+
+    return set(ray._private.state.state.get_draining_nodes())
 
 
 def head_processes() -> list[psutil.Process]:

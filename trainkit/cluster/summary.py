@@ -45,7 +45,7 @@ def summarize(
         "precision": plan.precision,
         "order": steps[-1]["order"] if steps else None,
         "error": None if error is None else _error(error),
-        **{key: outcome[key] for key in ("best_step", "stopped_early", "predictions") if key in outcome},
+        **{key: outcome[key] for key in ("best_step", "stopped_early", "copy", "predictions") if key in outcome},
     }
 
 

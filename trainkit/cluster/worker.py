@@ -19,11 +19,13 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from trainkit.cluster.hangs import Heart
 from trainkit.data.distributor import Distributors, WireCall, said
 from trainkit.data.encoding import DEFAULT_LENGTH
 from trainkit.data.feed import CALL_BYTES, Feed, MicroBatch, Padding, Source
 from trainkit.data.order import chain, epoch_of_step
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer
+from trainkit.errors import OutOfMemory
 from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
 from trainkit.inference.export import export_model, link_model
 from trainkit.inference.predict import Rank, load_plain
@@ -31,6 +33,7 @@ from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import checkpoints
 from trainkit.runs.checkpoints import Checkpoint, sha256
+from trainkit.runs.copying import Copier, NoCopier
 from trainkit.runs.folder import PREDECESSOR_SECONDS, Lock, RunFolder, StepLog
 from trainkit.training import loop
 from trainkit.training.board import Board, SilentBoard, TensorBoard
@@ -38,8 +41,10 @@ from trainkit.training.checkpoint import Saver, read_state, restore
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.meters import StepRecord, as_json
 from trainkit.training.model import build_model, check_packing
+from trainkit.training.out_of_memory import out_of_memory
 
 _ANSWER_SECONDS = 5
+_COPY_SECONDS = 1.0  # between two looks at the copy of the last checkpoint
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,11 @@ def run_worker(job: Job) -> dict[str, Any] | None:
         worker = Worker(job)
         return worker.run()
     except BaseException as error:
-        step = 0 if worker is None else worker.step
+        step, told = 0, error
+        if worker is not None:
+            step, told = worker.step, worker.as_out_of_memory(error) or error
         with contextlib.suppress(OSError):  # a folder that is not there; what is raised comes through Ray as well
-            RunFolder(job.run_folder).write_error(dist.get_rank(), step, error, traceback.format_exc())
+            RunFolder(job.run_folder).write_error(dist.get_rank(), step, told, traceback.format_exc())
         raise
     finally:
         if worker is not None:
@@ -97,11 +104,19 @@ class Worker:
             self.lock = self.folder.lock("rank-0", wait_seconds=PREDECESSOR_SECONDS)
             self.board = TensorBoard(self.folder.path / "tensorboard", job.plan.use_gpu, self.step)
             self.log = StepLog(self.folder)
-        self.saver = Saver(self.folder.path, str(job.attempt), job.recipe.train.save_total_limit)
+        self.heart, self.now = Heart(self.folder, self.rank), "training"
+        self.heart.start()
+        url = job.recipe.run.copy_checkpoints_to
+        self.copier = Copier(self.folder, url) if url is not None and self.rank == 0 else NoCopier()
+        if job.checkpoint is not None:
+            self.copier.offer(self.step)  # an attempt before may have ended in the middle of its copy
+        self.saver = Saver(self.folder.path, str(job.attempt), job.recipe.train.save_total_limit, self.copier.offer)
         self.examples: dict[int, list[dict[str, str]]] = {}  # by the step of their evaluation
 
     def run(self) -> dict[str, Any] | None:
         self.phase("building the engine")
+        if self.recipe.train.deterministic:
+            torch.use_deterministic_algorithms(True)
         partitioning = Partitioning(self.plan)
         model = build_model(self.recipe, self.job.first_weights, partitioning.gathered, self.job.prepared.label_names)
         engine = Engine(model, self.plan, self.recipe.model.task, self.device)
@@ -111,6 +126,7 @@ class Worker:
         if self.job.checkpoint is not None:
             self.phase(f"going on from step {self.step}")
             restore(engine, self.job.checkpoint, self.feeds["train"].micro_batches(min(self.step + 1, self.plan.total_steps)))
+        self.saver.prepare(engine)
         self.phase("training")
         around = loop.Surroundings(
             report=self.report,
@@ -118,10 +134,13 @@ class Worker:
             keep_best=lambda step: self.keep_best(engine, step),
             save=lambda outcome: self.save(engine, outcome),
             stop_requested=self.stop_requested,
+            save_requested=self.folder.save_requested,
+            begins=lambda step, piece: self.heart.begins(step, piece, in_step=piece != loop.DATA_WAIT),
         )
         outcome = loop.train(engine, self.feeds["train"], self.plan, self.recipe, around, self.begin)
         self.saver.wait()
         examples = self.finish(engine, outcome) if outcome.status == "completed" else []
+        self.wait_for_copies()
         if self.rank != 0:
             return None
         return {
@@ -130,6 +149,7 @@ class Worker:
             "eval": outcome.evaluation,
             "best_step": outcome.best_step,
             "stopped_early": outcome.stopped_early,
+            "copy": self.copier.outcome(),
             "predictions": examples,
         }
 
@@ -185,6 +205,7 @@ class Worker:
 
     def save(self, engine: Engine, outcome: loop.Outcome) -> None:
         self.phase("saving a checkpoint")
+        self.folder.begin_save()
         if self.log is not None:
             self.log.sync()  # a checkpoint must not outlive its steps
         stall = self.saver.save(engine, outcome.steps, self.state(outcome), outcome.best_step)
@@ -234,6 +255,15 @@ class Worker:
         self.board.evaluation(step, values)
         return examples
 
+    def wait_for_copies(self) -> None:
+        """All ranks together: one that has ended would look dead to those who watch."""
+        ended = [False]
+        while not ended[0]:
+            ended = [self.copier.ended(_COPY_SECONDS)]
+            dist.broadcast_object_list(ended, device=self.device)
+            if not ended[0]:
+                self.phase("copying the last checkpoint")
+
     @property
     def loads_whole(self) -> bool:
         """Whether a worker's device may hold the whole model: no GPU does under ZeRO-3, where the engine itself generates, in step."""
@@ -255,11 +285,19 @@ class Worker:
         return bool(free.item())
 
     def phase(self, text: str) -> None:
+        self.heart.begins(self.step, text, in_step=False)
+        self.now = text
         if self.rank == 0:
             self.folder.write_phase(text)
 
+    def as_out_of_memory(self, error: BaseException) -> OutOfMemory | None:
+        step, _, piece, *_ = self.heart.place
+        return out_of_memory(error, self.plan, self.device, self.rank, step, piece)
+
     def close(self) -> None:
+        self.heart.stop()
         self.saver.close()
+        self.copier.close()
         for feed in self.feeds.values():
             feed.close()
         if self.log is not None:
@@ -277,5 +315,5 @@ class Worker:
             answer = handle.steps.remote(split, first, count, self.rank, CALL_BYTES)
             return lambda: ray.get(answer)
 
-        source = Source(ask, lambda: said(handle, _ANSWER_SECONDS), lambda text: self.folder.write_phase(text or "training"))
+        source = Source(ask, lambda: said(handle, _ANSWER_SECONDS), lambda text: self.folder.write_phase(text or self.now))
         return Feed(source, padding, rank=self.rank, last_step=last_step, device=self.device)

@@ -1,20 +1,19 @@
 """How the samples of one optimizer step become micro-batches: pure arithmetic on lengths.
 
 k, the number of micro-batches of a step, is the smallest multiple of the world size with which all fit the budget. Which samples stand
-together is a function of (lengths, k, budget, catalogue) alone; a rank takes its share of the k. So layouts with equal k train identical
-micro-batches, whatever their world size and accumulation. The shapes come from a catalogue of at most 64 (catalogue.py).
+together is a function of (lengths, k, budget, catalogues) alone; a rank takes its share of the k. So layouts with equal k train identical
+micro-batches, whatever their world size and accumulation. The shapes come from catalogues of at most 64 each (catalogue.py).
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-_WELL_FILLED = 0.88  # share of real tokens from which on packed micro-batches stay equal
+_SLACK_RUNS, _SLACK_SAMPLES = 4, 1 << 15  # how far a cut may be off an even pace: so many runs, or of runs × samples so much
 LENGTH_STEP = 8  # padded lengths are rounded up to this: few shapes, and matrix sizes that tensor cores like
 
 
@@ -69,30 +68,44 @@ class Catalogue:
     shapes: np.ndarray  # int64 [shapes, 3]: rows, source, target
     edges: tuple[int, ...]  # upper bounds of the strips of source length, ascending
     tail: int  # targets longer than this make a strip of their own
-    power: int  # of the costs whose sum is made least, a power of two: a high one wants little padding and equal costs alike
+    power: int  # of the costs whose sum is made least: a high one wants little padding and equal costs alike
 
     @property
     def costs(self) -> np.ndarray:
         return self.shapes[:, 0] * (self.shapes[:, 1] + self.shapes[:, 2])
 
+    def powers(self, unit: float) -> np.ndarray:
+        """Of the costs in a unit; multiplied out, which gives the same bits on every processor."""
+        return np.multiply.reduce([self.costs / unit] * self.power)
 
-def compose(source: np.ndarray, target: np.ndarray, world_size: int, budget: Budget, catalogue: Catalogue | None = None) -> list[Part]:
+
+class Catalogues(Protocol):
+    """Those of a run. None of them depends on the world size."""
+
+    @property
+    def first(self) -> Catalogue:
+        """The one that decides into how many micro-batches a step is cut, and with whose shapes if that for k cannot."""
+
+    def __call__(self, samples: int, k: int) -> Catalogue:
+        """The one for steps of `samples` in k micro-batches."""
+
+
+def compose(source: np.ndarray, target: np.ndarray, world_size: int, budget: Budget, catalogues: Catalogues | None = None) -> list[Part]:
     """Cut a step into k micro-batches.
 
-    source, target: lengths in tokens, one per sample of the step; target is all 0 where a row is one sequence. A budget of tokens needs a
-    catalogue that holds the longest of them; a budget of rows cuts evenly in order of length.
+    source, target: lengths in tokens, one per sample of the step; target is all 0 where a row is one sequence. A budget of tokens needs
+    catalogues that hold the longest of them; a budget of rows cuts evenly in order of length.
     Returns k parts, most expensive first; some hold no samples when there are fewer samples than k.
     A sample longer than a token budget stands alone, padded to nothing.
     """
     if budget.tokens is None:
-        return _by_rows(round_up(source), round_up(target), _multiple(-(-len(source) // budget.limit), world_size))
-    assert catalogue is not None
-    lines = [_Line.of(source, target, order, catalogue, budget.tokens) for order in _orders(source, target, catalogue)]
-    k = min(_multiple(line.fewest, world_size) for line in lines)
-    cuts = [cut for line in lines if (cut := line.cut(k, catalogue)) is not None]
-    parts = [Part(*part) for part in min(cuts, key=lambda cut: cut[0])[1]]
-    alone = [_alone(part, source, target) if part.shape.cost > budget.tokens else part for part in parts]
-    return sorted(alone, key=lambda part: -part.shape.cost)
+        return _by_rows(round_up(source), round_up(target), multiple(-(-len(source) // budget.limit), world_size))
+    assert catalogues is not None
+    first = LinedUp.of(source, target, budget, catalogues.first)
+    k = multiple(first.fewest, world_size)
+    catalogue = catalogues(len(source), k)
+    of_k = first if catalogue is first.catalogue else LinedUp.of(source, target, budget, catalogue)
+    return (of_k if of_k.fewest <= k else first).cut(k)
 
 
 def _by_rows(source: np.ndarray, target: np.ndarray, k: int) -> list[Part]:
@@ -102,12 +115,39 @@ def _by_rows(source: np.ndarray, target: np.ndarray, k: int) -> list[Part]:
     return sorted(map(Part, parts, shapes), key=lambda part: -part.shape.cost)
 
 
-def _alone(part: Part, source: np.ndarray, target: np.ndarray) -> Part:
-    """A sample that no shape within the budget holds is padded to its own lengths; without one there is next to nothing to pad."""
-    if not len(part.samples):
-        return Part(part.samples, Shape(1, LENGTH_STEP, LENGTH_STEP if part.shape.target else 0))
-    (sample,) = part.samples
-    return Part(part.samples, Shape(1, int(round_up(source[sample])), int(round_up(target[sample]))))
+@dataclass(frozen=True)
+class LinedUp:
+    """A step's samples in the lines that a catalogue asks for."""
+
+    source: np.ndarray
+    target: np.ndarray
+    budget: Budget
+    catalogue: Catalogue
+    lines: list[_Line]
+
+    @classmethod
+    def of(cls, source: np.ndarray, target: np.ndarray, budget: Budget, catalogue: Catalogue) -> LinedUp:
+        lines = [_Line.of(source, target, order, catalogue, budget.limit) for order in _orders(source, target, catalogue)]
+        return cls(source, target, budget, catalogue, lines)
+
+    @property
+    def fewest(self) -> int:
+        """Micro-batches that hold the step."""
+        return min(line.fewest for line in self.lines)
+
+    def cut(self, k: int) -> list[Part]:
+        """The parts, as `compose` returns them; k is at least `fewest`."""
+        cuts = [line.cut(k, self.catalogue) for line in self.lines if line.fewest <= k]
+        runs = min(cuts, key=lambda cut: cut[0])[1]
+        parts = [Part(samples, shape if shape.cost <= self.budget.limit else self._alone(samples, shape)) for samples, shape in runs]
+        return sorted(parts, key=lambda part: -part.shape.cost)
+
+    def _alone(self, samples: np.ndarray, shape: Shape) -> Shape:
+        """A sample that no shape within the budget holds is padded to its own lengths; without one there is next to nothing to pad."""
+        if not len(samples):
+            return Shape(1, LENGTH_STEP, LENGTH_STEP if shape.target else 0)
+        (sample,) = samples
+        return Shape(1, int(round_up(self.source[sample])), int(round_up(self.target[sample])))
 
 
 def _orders(source: np.ndarray, target: np.ndarray, catalogue: Catalogue) -> list[np.ndarray]:
@@ -127,123 +167,63 @@ class _Line:
     """Samples in a row, and what each shape holds of them."""
 
     order: np.ndarray
-    after: np.ndarray  # [samples + 1, shapes]: where the longest run from a sample that a shape holds ends
+    after: np.ndarray  # int32 [shapes, samples + 1]: where the longest run from a sample that a shape holds ends
+    path: list[int]  # where the runs begin that hold all samples when each is as long as can be, and the end of the last
 
     @classmethod
     def of(cls, source: np.ndarray, target: np.ndarray, order: np.ndarray, catalogue: Catalogue, budget: int) -> _Line:
         """Beyond the budget a shape holds nothing, save one of one row a sample that no shape within the budget holds."""
-        rows, longest_source, longest_target = catalogue.shapes.T
-        count, here = len(order), np.arange(len(order))[:, None]
-        fits = (source[order][:, None] <= longest_source) & (target[order][:, None] <= longest_target)
-        over = catalogue.costs > budget
-        fits &= ~over | ((rows == 1) & ~(fits & ~over).any(1, keepdims=True))
-        ends = np.minimum.accumulate(np.where(fits, count, here)[::-1], axis=0)[::-1]
-        return cls(order, np.vstack([np.minimum(ends, here + rows), np.full((1, len(rows)), count)]))
+        count, here, rows = len(order), np.arange(len(order), dtype=np.int32), catalogue.shapes[:, :1].astype(np.int32)
+        pairs, pair = np.unique(catalogue.shapes[:, 1:], axis=0, return_inverse=True)
+        fits = (source[order] <= pairs[:, :1]) & (target[order] <= pairs[:, 1:])
+        ends = np.minimum.accumulate(np.where(fits, np.int32(count), here)[:, ::-1], axis=1)[:, ::-1]
+        pair = pair.ravel()
+        after = np.full((len(rows), count + 1), count, np.int32)
+        np.minimum(ends[pair], here + rows, out=after[:, :-1])
+        if (over := catalogue.costs > budget).any():
+            held = fits[pair[~over]].any(0)
+            after[over, :-1] = here + ((rows[over] == 1) & fits[pair[over]] & ~held)
+        reach, path = after.max(0).tolist(), [0]
+        while path[-1] < count:
+            assert reach[path[-1]] > path[-1], "the catalogue holds every sample"
+            path.append(reach[path[-1]])
+        return cls(order, after, path)
 
     @property
     def fewest(self) -> int:
-        """Runs that hold all samples when each is as long as can be."""
-        reach, position, runs = self.after.max(1), 0, 0
-        while position < len(self.order):
-            assert reach[position] > position, "the catalogue holds every sample"
-            position, runs = int(reach[position]), runs + 1
-        return max(1, runs)
+        return max(1, len(self.path) - 1)
 
-    def cut(self, k: int, catalogue: Catalogue) -> tuple[float, list[tuple[np.ndarray, Shape]]] | None:
-        """(sum of the costs' powers, samples and shape of each run) of the least such sum over all cuts into k runs; None if none fit.
+    def cut(self, k: int, catalogue: Catalogue) -> tuple[float, list[tuple[np.ndarray, Shape]]]:
+        """(sum of the costs' powers, samples and shape of each run) of the least such sum over all cuts into k runs, at least `fewest`.
 
-        Dynamic programming from the end; a run may be empty, and is then all padding.
+        Dynamic programming from the end; a run may be empty, and is then all padding. Cuts that are ahead of an even pace, or behind it,
+        by more than some runs are left out where there are many samples: the work grows with the samples, not with samples × k.
         """
-        end, powers = len(self.order), (catalogue.costs / catalogue.costs.mean()) ** catalogue.power
-        reach, first, last = self.after.max(1), [end], [0]
+        powers = catalogue.powers(float(catalogue.costs.mean()))[:, None]
+        end, slack = len(self.order), max(_SLACK_RUNS, _SLACK_SAMPLES / len(self.order))
+        best = np.full((k + 1, end + 1), np.inf)
+        while np.isinf(best[k, 0]):
+            best[0, end] = 0.0
+            for runs, (low, high) in enumerate(self._spans(k, slack)[1:], 1):
+                best[runs, low : high + 1] = (powers + best[runs - 1][self.after[:, low : high + 1]]).min(0)
+            slack *= 2
+        sample, chosen = 0, []
+        for runs in range(k, 0, -1):
+            shape = int(np.argmin(powers[:, 0] + best[runs - 1][self.after[:, sample]]))
+            chosen.append((self.order[sample : self.after[shape, sample]], Shape(*catalogue.shapes[shape].tolist())))
+            sample = int(self.after[shape, sample])
+        return float(best[k, 0]), chosen
+
+    def _spans(self, k: int, slack: float) -> list[tuple[int, int]]:
+        """For 0 .. k runs that are left, the first and last sample from which they may go on."""
+        end, reach = len(self.order), self.after.max(0)
+        first, last = [end], [0]
         for _ in range(k):
             first.append(int(np.searchsorted(reach, first[-1])))  # first[j]: the earliest sample from which j runs reach the end
             last.append(int(reach[last[-1]]))  # last[j]: how far j runs get
-        if first[k] > 0:
-            return None
-        best = np.full((k + 1, end + 1), np.inf)
-        best[0, end] = 0.0
-        for runs in range(1, k + 1):
-            span = slice(first[runs], last[k - runs] + 1)
-            best[runs, span] = (powers + best[runs - 1][self.after[span]]).min(1)
-        sample, chosen = 0, []
-        for runs in range(k, 0, -1):
-            shape = int(np.argmin(powers + best[runs - 1][self.after[sample]]))
-            chosen.append((self.order[sample : self.after[sample, shape]], Shape(*catalogue.shapes[shape].tolist())))
-            sample = int(self.after[sample, shape])
-        return float(best[k, 0]), chosen
-
-
-def pack(lengths: np.ndarray, world_size: int, budget: Budget, longest: int) -> list[Part]:
-    """Cut a step of one-sequence rows into k micro-batches of equal shape, several rows packed into each sequence.
-
-    longest: most tokens of a packed sequence; no row may be longer (ValueError). k is the smallest multiple of the world size with which
-    sequences of that length fit the budget (of tokens; of samples, on average over the micro-batches). Rows go longest first into the
-    emptiest sequence (LPT; Graham, "Bounds on multiprocessing timing anomalies", 1969), so all are about equally full, and they are as long
-    as the fullest.
-    Where a few long rows keep the others from being full, some micro-batches have a sequence less: no rank waits longer for that.
-    """
-    most = int(_coarser(np.array([longest]))[0])
-    if lengths.max(initial=0) > most:
-        raise ValueError(f"a row of {lengths.max()} tokens is longer than a packed sequence of {longest}")
-    sequences = _sequences_needed(lengths, most)
-    if budget.tokens is None:
-        k = _multiple(-(-len(lengths) // budget.limit), world_size)
-    else:
-        k = _multiple(-(-sequences // max(1, budget.limit // most)), world_size)
-    filled = _filled(lengths, -(-sequences // k) * k)
-    length = _fullest(lengths, filled)
-    fewer = max(k, _sequences_needed(lengths, length)) if lengths.sum() < _WELL_FILLED * len(filled) * length else len(filled)
-    if fewer < len(filled):
-        filled = _filled(lengths, fewer)
-        length = _fullest(lengths, filled)
-    fewest, more = divmod(len(filled), k)
-    parts, first = [], 0
-    for rows in [fewest + 1] * more + [fewest] * (k - more):
-        own = filled[first : first + rows]
-        parts.append(Part(np.concatenate(own), Shape(rows, length, 0), np.array([len(part) for part in own])))
-        first += rows
-    return parts
-
-
-def _fullest(lengths: np.ndarray, filled: Sequence[np.ndarray]) -> int:
-    return int(_coarser(np.array([max(int(lengths[part].sum()) for part in filled)]))[0])
-
-
-def _sequences_needed(lengths: np.ndarray, most: int) -> int:
-    """How many sequences LPT needs so that none is longer than `most`; no row is. Never more than rows."""
-
-    def fits(sequences: int) -> bool:
-        return max(int(lengths[part].sum()) for part in _filled(lengths, sequences) if len(part)) <= most
-
-    least = max(1, -(-int(lengths.sum()) // most), int((2 * lengths > most).sum()))  # of rows over a half, each has its own
-    if fits(least):
-        return least
-    below, enough = least, min(len(lengths), least + max(1, least // 50))
-    while not fits(enough):
-        below, enough = enough, min(len(lengths), 2 * enough - least + 1)
-    while enough - below > 1:
-        middle = (below + enough) // 2
-        below, enough = (below, middle) if fits(middle) else (middle, enough)
-    return enough
-
-
-def _filled(lengths: np.ndarray, sequences: int) -> list[np.ndarray]:
-    """Indices of the rows in each sequence, the fullest sequences first."""
-    loads = [(0, number) for number in range(sequences)]
-    inside: list[list[int]] = [[] for _ in range(sequences)]
-    for row in np.lexsort((np.arange(len(lengths)), -lengths)).tolist():
-        load, number = loads[0]
-        inside[number].append(row)
-        heapq.heapreplace(loads, (load + int(lengths[row]), number))
-    return [np.array(sorted(inside[number]), dtype=np.int64) for _, number in sorted(loads, key=lambda item: (-item[0], item[1]))]
-
-
-def _coarser(lengths: np.ndarray) -> np.ndarray:
-    """Rounded up to LENGTH_STEP, and beyond 512 to a power of two of at most a 32nd: few shapes, and little padding."""
-    lengths = np.maximum(lengths, 1)
-    step = np.maximum(LENGTH_STEP, 2 ** np.maximum(0, np.floor(np.log2(lengths)).astype(np.int64) - 5))
-    return -(-lengths // step) * step
+        pace = np.arange(k, -1, -1) * ((len(self.path) - 1) / k)
+        low, high = (np.interp(pace + ahead, np.arange(len(self.path)), self.path) for ahead in (-slack, slack))
+        return [(max(first[j], int(low[j])), min(last[k - j], int(high[j]))) for j in range(k + 1)]
 
 
 def deal(costs: Sequence[int], world_size: int) -> list[list[int]]:
@@ -261,5 +241,6 @@ def deal(costs: Sequence[int], world_size: int) -> list[list[int]]:
     return shares
 
 
-def _multiple(groups: int, world_size: int) -> int:
+def multiple(groups: int, world_size: int) -> int:
+    """The smallest multiple of the world size that is at least `groups`, and at least one for each rank."""
     return max(1, -(-groups // world_size)) * world_size

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from trainkit.data.batches import Budget, Catalogue, Part, Shape, compose, deal, pack
-from trainkit.data.catalogue import make_catalogue
+from trainkit.data.batches import Budget, Part, Shape, compose, deal
+from trainkit.data.catalogue import Catalogues
 from trainkit.data.order import epoch_of_step, samples_of_step
+from trainkit.data.packing import pack
 from trainkit.data.tokens import TokenArrays
 from trainkit.units import format_seconds
 
@@ -118,7 +119,9 @@ class DataDistributor:
     def __init__(self, feedings: dict[str, Feeding]):
         self.feedings = feedings
         self.arrays = {split: TokenArrays.open(feeding.folder) for split, feeding in feedings.items()}
-        self.catalogue = self._catalogue()
+        self.catalogues = self._catalogues()
+        if self.catalogues is not None:
+            _ = self.catalogues.first  # chosen now, while the workers start
         largest = max(feeding.samples_per_step for feeding in feedings.values())
         kept = min(_STEPS_KEPT, max(64, _SAMPLES_KEPT // largest))
         self.composed, self.composing = functools.lru_cache(kept)(self._compose), threading.Lock()
@@ -181,9 +184,9 @@ class DataDistributor:
             longest = max(feeding.pack_length, arrays.manifest["longest"]["input_ids"])  # rows that came tokenized are cut by nobody
             return ids, pack(source, feeding.world_size, feeding.budget, longest)
         target = self._targets(split, ids)
-        return ids, compose(source, target, feeding.world_size, feeding.budget, self.catalogue)
+        return ids, compose(source, target, feeding.world_size, feeding.budget, self.catalogues)
 
-    def _catalogue(self) -> Catalogue | None:
+    def _catalogues(self) -> Catalogues | None:
         """The shapes for all splits, from the lengths of some rows of the first and the longest of all; None where none are needed."""
         split, feeding = next(iter(self.feedings.items()))
         if feeding.budget.tokens is None or feeding.pack_length is not None:
@@ -192,7 +195,7 @@ class DataDistributor:
         longest = {name: max(arrays.manifest["longest"][name] for arrays in self.arrays.values()) for name in ("input_ids", "labels")}
         most = longest["input_ids"], longest["labels"] if feeding.task == "seq2seq" else 0
         source, target = self.arrays[split].column("input_ids").lengths(rows), self._targets(split, rows)
-        return make_catalogue(source, target, feeding.samples_per_step, feeding.world_size, feeding.budget, most)
+        return Catalogues(source, target, feeding.samples_per_step, feeding.budget, most)
 
     def _targets(self, split: str, rows: np.ndarray) -> np.ndarray:
         """Lengths that count beside input_ids: those of seq2seq labels."""

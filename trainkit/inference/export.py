@@ -23,7 +23,7 @@ from trainkit.data.feed import MicroBatch, moved
 from trainkit.errors import ExportMismatch, TrainingError, TrainkitError, UsageError
 from trainkit.inference.predict import exported_tokenizer, load_plain, load_run_model, open_run
 from trainkit.recipe.schema import Recipe
-from trainkit.runs.folder import write_whole
+from trainkit.runs.folder import linked, write_whole
 from trainkit.training.model import DTYPES, TASKS, base_model, persistent_buffers
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def link_model(folder: Path, target: Path) -> None:
     """Put a copy of a model folder, in hard links where the disk knows them, in place of what lies at `target`. `folder` stays."""
     beside = target.with_name(f".{target.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(folder, beside, copy_function=_linked)
+    shutil.copytree(folder, beside, copy_function=linked)
     move_model(beside, target)
 
 
@@ -173,13 +173,6 @@ def _write_and_check(
     _as_the_umask_says(beside)
     check_exported(beside, recipe, whole, batch, logits)
     move_model(beside, folder)
-
-
-def _linked(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _as_the_umask_says(folder: Path) -> None:

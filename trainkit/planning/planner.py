@@ -6,7 +6,7 @@ unknown: 0 for numbers that training counts with, None for the rest; such a plan
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainkit.errors import CapacityError, Fault, RecipeError
@@ -136,6 +136,17 @@ def micro_batches(samples: int, rows_per_micro_batch: int, world_size: int) -> i
     return -(-samples // (rows_per_micro_batch * world_size)) * world_size
 
 
+def halved(plan: Plan) -> Plan | None:
+    """The plan with half the budget of a micro-batch and the same global batch; None where there is nothing left to halve."""
+    rows_per_worker = -(-plan.samples_per_step // plan.world_size)
+    accumulation = min(2 * plan.accumulation, rows_per_worker)
+    smaller = replace(plan, accumulation=accumulation, micro_batches_per_step=accumulation * plan.world_size)
+    if plan.samples_per_device is not None:
+        return replace(smaller, samples_per_device=plan.samples_per_device // 2) if plan.samples_per_device > 1 else None
+    tokens = (plan.tokens_per_device or 0) // 2
+    return replace(smaller, tokens_per_device=tokens) if tokens >= LENGTH_STEP else None
+
+
 def shipped_fits(recipe: Recipe, model: ModelFacts | None, hardware: Hardware) -> tuple[Fit, ...]:
     """The shipped ZeRO configurations for this recipe's workers, precision and lengths."""
     return () if model is None else tuple(_fit(recipe, read_zero(name), model, hardware) for name in SHIPPED)
@@ -150,9 +161,9 @@ def _fit(recipe: Recipe, zero: ZeroConfig, model: ModelFacts, hardware: Hardware
 
 
 def _world_size(recipe: Recipe) -> int:
+    """Of an elastic recipe, the most."""
     workers = recipe.scaling.num_workers
-    assert isinstance(workers, int), "the reader lets whole numbers through"
-    return workers
+    return workers if isinstance(workers, int) else workers[-1]
 
 
 def _check_precision(recipe: Recipe, model: ModelFacts | None) -> None:

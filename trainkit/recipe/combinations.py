@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.recipe.document import did_you_mean, shown
+from trainkit.recipe.document import Place, did_you_mean, shown
 from trainkit.recipe.habits import answered_keys
 from trainkit.recipe.wording import path_of, pieces_of
+from trainkit.runs.copies import fault_of
 
 if TYPE_CHECKING:
     from trainkit.recipe.checks import View
@@ -33,9 +34,11 @@ def combination_faults(view: View) -> None:
         _turns,
         _packing,
         _resources,
-        _not_yet,
+        _fp16,
+        _elastic,
         _metrics,
         _best,
+        _copies,
     ):
         check(view)
 
@@ -200,9 +203,28 @@ def _resources(view: View) -> None:
         view.fault(key, "GPU: 0 beside scaling.use_gpu: true: delete it, or write use_gpu: false")
 
 
-def _not_yet(view: View) -> None:
-    if isinstance(view.value("scaling.num_workers"), list):
-        view.fault("scaling.num_workers", "a list (elastic) is not available yet: write one number of workers")
+def _elastic(view: View) -> None:
+    workers = view.value("scaling.num_workers")
+    if not isinstance(workers, list):
+        return
+    if len(workers) != 2 or workers[0] > workers[1]:
+        view.fault("scaling.num_workers", f"{shown(workers)}: write the fewest and the most workers, [1, 4], or one number")
+    if isinstance(view.value("scaling.label_selector"), list):
+        view.fault("scaling.label_selector", "a list has one entry for each worker, and scaling.num_workers is elastic: write one mapping")
+
+
+def _copies(view: View) -> None:
+    key = "run.copy_checkpoints_to"
+    url = view.value(key)
+    fault = fault_of(url) if isinstance(url, str) else None
+    if fault is not None:
+        path = tuple(key.split("."))
+        if view.document.place(path).file.startswith("--set "):
+            view.document.places[path] = Place(f"--set {key}=...")  # it may hold a secret
+        view.fault(key, fault)
+
+
+def _fp16(view: View) -> None:
     if view.value("model.precision") == "fp16" and view.value("scaling.use_gpu") is False:
         view.fault("model.precision", "no fp16 training on a CPU (scaling.use_gpu: false): write bf16 or fp32")
 

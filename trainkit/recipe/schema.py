@@ -112,10 +112,14 @@ class Train(Section):
     early_stopping_patience: PositiveInt | None = Field(
         None, description="Stop after so many evaluations in a row without a better metric."
     )
+    halve_on_oom: bool = Field(False, description="After running out of memory, go on with half the micro-batch budget; same global batch.")
+    deterministic: bool = Field(False, description="Only kernels that give the same bits every time: slower, and exact resume on a GPU.")
 
 
 class Scaling(Section):
-    num_workers: PositiveInt | list[PositiveInt] = Field(1, description="Worker processes, one per GPU; [1, 4] is elastic.")
+    num_workers: PositiveInt | list[PositiveInt] = Field(
+        1, description="Worker processes, one per GPU; [1, 4]: as many as there is room for, seen anew at each start of the workers."
+    )
     use_gpu: bool = Field(True, description="One GPU per worker; false trains on the CPU with gloo.")
     resources_per_worker: dict[str, NonNegativeFloat] | None = Field(None, description="As in Ray's ScalingConfig.")
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", description="As in Ray's ScalingConfig.")
@@ -126,6 +130,9 @@ class Scaling(Section):
 class Run(Section):
     storage_path: str = Field("runs", description="Folder of the run folders, seen by all nodes.")
     max_failures: NonNegativeInt = Field(3, description="How often a dead worker or node restarts the group.")
+    copy_checkpoints_to: str | None = Field(
+        None, description="URL of a folder, as fsspec writes them (s3://bucket/folder), that gets a copy of each complete checkpoint."
+    )
 
 
 class Recipe(Section):

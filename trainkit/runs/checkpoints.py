@@ -41,9 +41,9 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        match = _STEP.fullmatch(self.path.name)
-        assert match is not None
-        return int(match[1])
+        step = step_of(self.path.name)
+        assert step is not None
+        return step
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -102,6 +102,12 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
+def step_of(name: str) -> int | None:
+    """Of a folder called so; None for one that is no checkpoint's."""
+    match = _STEP.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
 def complete(run: Path) -> list[Checkpoint]:
     """Checkpoints with a manifest, the newest first. Their files are not looked at."""
     found = [Checkpoint(path) for path in _folders(run)]
@@ -131,12 +137,16 @@ def prune(run: Path, keep: int, best: int | None = None, newest: int | None = No
     """Remove all complete checkpoints but the newest `keep` and that of step `best`; never the only one.
 
     newest: the step just saved. What lies after it did not hold when the run went on from before it: it takes no sound one's place.
-    A checkpoint loses its manifest first: what is removed by halves is not complete.
     """
     for old in [it for it in complete(run) if newest is None or it.step <= newest][max(1, keep) :]:
         if old.step != best:
-            (old.path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(old.path, ignore_errors=True)
+            remove(old)
+
+
+def remove(checkpoint: Checkpoint) -> None:
+    """It loses its manifest first: what is removed by halves is not complete."""
+    (checkpoint.path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 def write_part(folder: Path, attempt: str, rank: int, names: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -75,14 +75,14 @@ class RunFolder:
         self.ray = self.path / ".ray"
 
     @classmethod
-    def create(cls, storage_path: str | Path, stem: str, name: str | None = None) -> RunFolder:
-        """Make `<storage_path>/<stem>-<n>` with the next free n, or exactly `<storage_path>/<name>`.
+    def create(cls, storage_path: str | Path, stem: str, name: str | None = None, elsewhere: Iterable[str] = ()) -> RunFolder:
+        """Make `<storage_path>/<stem>-<n>` with the next free n, also among the runs `elsewhere`, or exactly `<storage_path>/<name>`.
 
         Raises UsageError if that name exists, is no name, or the runs folder cannot be written.
         """
         storage = check_storage(storage_path, stem, name)
         try:
-            folder = cls(_make_numbered(storage, stem) if name is None else _make_named(storage, name))
+            folder = cls(_make_numbered(storage, stem, elsewhere) if name is None else _make_named(storage, name))
             (folder.ray / "errors").mkdir(parents=True)
         except OSError as error:
             raise _unwritable(storage, error) from None
@@ -154,12 +154,25 @@ class RunFolder:
         except FileNotFoundError:
             return ""
 
+    def write_note(self, text: str) -> None:
+        """Something that the person who waits shall read, and that ends nothing."""
+        write_whole(self.ray / "note", text, durable=False)
+
+    def take_note(self) -> str:
+        """The newest one that nobody took yet."""
+        try:
+            text = (self.ray / "note").read_text("utf-8")
+        except FileNotFoundError:
+            return ""
+        (self.ray / "note").unlink()
+        return text
+
     def begin_attempt(self) -> int:
         """Forget what an earlier attempt left behind for the driver; returns the new attempt's number, from 1."""
         shutil.rmtree(self.ray / "errors", ignore_errors=True)
         (self.ray / "errors").mkdir(parents=True)
-        for name in ("stop", "phase"):
-            (self.ray / name).unlink(missing_ok=True)
+        for old in [self.ray / "stop", self.ray / "save", self.ray / "phase", *self.ray.glob("sign-*.json")]:
+            old.unlink(missing_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)
         return 1 + sum(1 for _ in self.ray.glob("attempt-*"))
 
@@ -169,6 +182,17 @@ class RunFolder:
 
     def stop_requested(self) -> bool:
         return (self.ray / "stop").exists()
+
+    def request_save(self) -> None:
+        """Ask for a checkpoint soon, beside those that are due."""
+        (self.ray / "save").touch()
+
+    def save_requested(self) -> bool:
+        return (self.ray / "save").exists()
+
+    def begin_save(self) -> None:
+        """What was asked for before now is done by this one."""
+        (self.ray / "save").unlink(missing_ok=True)
 
     def write_error(self, rank: int, step: int, error: BaseException, traceback: str) -> None:
         """Leave a rank's error where the driver finds it, whatever becomes of the process."""
@@ -306,8 +330,17 @@ def write_whole(path: Path, text: str, durable: bool = True) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _make_numbered(storage: Path, stem: str) -> Path:
-    taken = [int(match[1]) for path in storage.iterdir() if (match := re.fullmatch(re.escape(stem) + r"-(\d+)", path.name))]
+def linked(source: str | Path, target: str | Path) -> None:
+    """A hard link where the disk knows them, else a copy: as shutil.copytree's copy_function."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _make_numbered(storage: Path, stem: str, elsewhere: Iterable[str]) -> Path:
+    names = [*(path.name for path in storage.iterdir()), *elsewhere]
+    taken = [int(match[1]) for name in names if (match := re.fullmatch(re.escape(stem) + r"-(\d+)", name))]
     number = max(taken, default=0) + 1
     while True:
         path = storage / f"{stem}-{number}"

@@ -3,11 +3,13 @@
 Every rank writes its share of the whole tensors (parameter i belongs to rank i mod world size):
 
     states-<rank>-of-<world>.safetensors     "<parameter>/weight", "/exp_avg", "/exp_avg_sq": fp32, of the trained parameters
-    frozen-<rank>-of-<world>.safetensors     parameters that are not trained, in the training precision; with rank 0's, buffers
+    frozen-<rank>-of-<world>.safetensors     parameters that are not trained, in the training precision: written once, then hard-linked
+    buffers-0-of-<world>.safetensors         persistent buffers, if there are any
     random-<rank>-of-<world>.safetensors     random state of torch, CUDA, numpy and python, as integers
     state.json                               rank 0: step, epoch, order, evaluations, counters, layout, versions
 
-Copying to the host stalls training; a thread writes (runs/checkpoints.py has the protocol).
+Training stands still while each rank copies what it holds to the host. A thread puts the pieces together, among the ranks, and writes
+(runs/checkpoints.py has the protocol).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,25 +34,35 @@ from trainkit.data.feed import StepBatch
 from trainkit.errors import TrainingError
 from trainkit.runs import checkpoints
 from trainkit.runs.checkpoints import Checkpoint
+from trainkit.runs.folder import linked
 from trainkit.training.model import persistent_buffers
+from trainkit.training.states import STATES, WEIGHT, HostMemory, Piece, Tensors, joined
 
 if TYPE_CHECKING:
     from trainkit.training.engine import Engine
 
 COMMIT_SECONDS = 1800.0  # that rank 0 waits for the files of the others
 _STATE = "state.json"
-Tensors = dict[str, torch.Tensor]
 
 
 class Saver:
     """One rank's checkpoints of one attempt. Every rank calls `save` at the same steps."""
 
-    def __init__(self, run: Path, attempt: str, keep: int):
-        self.run, self.attempt, self.keep = run, attempt, keep
+    def __init__(self, run: Path, attempt: str, keep: int, committed: Callable[[int], None] = lambda step: None):
+        """committed: told on rank 0, in the thread that writes, when the checkpoint of a step is complete."""
+        self.run, self.attempt, self.keep, self.committed = run, attempt, keep, committed
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.talk = dist.new_group(backend="gloo")  # of the writing threads alone: training has its own
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
+        self.memory: Future[HostMemory] | None = None
+        self.frozen: Path | None = None  # of the last checkpoint: they do not change
         self.closed = Event()
+
+    def prepare(self, engine: Engine) -> None:
+        """Have the memory taken, in the background, that `save` copies to."""
+        numel = len(STATES) * sum(piece.values.numel() for piece in engine.pieces() if piece.state == WEIGHT)
+        self.memory = self.writer.submit(HostMemory, numel, engine.device)
 
     def save(self, engine: Engine, step: int, state: Mapping[str, Any], best: int | None) -> float:
         """Copy the state to the host and have it written; returns the seconds that training stood still.
@@ -60,16 +72,19 @@ class Saver:
         """
         began = time.perf_counter()
         self.wait()
-        files = {
-            self._name("states"): _share(((f"{name}/{kind}", it) for name, kind, it in engine.optimizer_states()), len_of_group=3),
-            self._name("random"): random_state(),
-        }
-        buffers = persistent_buffers(engine.model) if self.rank == 0 else {}
-        frozen = _share(engine.frozen(), len_of_group=1) | {name: _on_host(buffer) for name, buffer in buffers.items()}
-        if frozen:
-            files[self._name("frozen")] = frozen
+        if self.memory is None:
+            self.prepare(engine)
+        assert self.memory is not None
+        pieces = self.memory.result().copied(engine.pieces())
+        files = {self._name("random"): random_state()}
+        if self.rank == 0 and (buffers := persistent_buffers(engine.model)):
+            files[self._name("buffers")] = {name: _on_host(buffer) for name, buffer in buffers.items()}
+        if self.frozen is None:
+            files[self._name("frozen")] = {
+                name: _on_host(tensor) for number, (name, tensor) in enumerate(engine.frozen()) if number % self.world_size == self.rank
+            }
         facts = {**state, "step": step, "world_size": self.world_size, "counters": engine.counters()}
-        self.writing = self.writer.submit(self._write, checkpoints.checkpoint_path(self.run, step), files, facts, best)
+        self.writing = self.writer.submit(self._write, checkpoints.checkpoint_path(self.run, step), pieces, files, facts, best)
         return time.perf_counter() - began
 
     def wait(self) -> None:
@@ -91,21 +106,32 @@ class Saver:
         """After `wait` nothing is left to do; without it, what is being written is given up as soon as the other ranks are waited for."""
         self.closed.set()
         self.writer.shutdown()
+        if self.memory is not None:
+            self.memory.result().release()
 
     def _name(self, kind: str) -> str:
         return f"{kind}-{self.rank}-of-{self.world_size}.safetensors"
 
-    def _write(self, folder: Path, files: Mapping[str, Tensors], facts: Mapping[str, Any], best: int | None) -> None:
+    def _write(self, folder: Path, pieces: Sequence[Piece], files: dict[str, Tensors], facts: Mapping[str, Any], best: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        files[self._name("states")] = joined(pieces, self.talk)
+        files = {name: tensors for name, tensors in files.items() if tensors}
         for name, tensors in files.items():
             save_file(tensors, folder / name)
+        names, frozen = list(files), self._name("frozen")
+        if self.frozen is not None and self.frozen.exists():
+            linked(self.frozen, folder / frozen)
+            names.append(frozen)
+        self.frozen = folder / frozen
         if self.rank == 0:
             (folder / _STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        checkpoints.write_part(folder, self.attempt, self.rank, [*files, *([_STATE] if self.rank == 0 else [])])
+            names.append(_STATE)
+        checkpoints.write_part(folder, self.attempt, self.rank, names)
         if self.rank == 0 and checkpoints.commit(
             folder, self.attempt, self.world_size, {"step": facts["step"]}, COMMIT_SECONDS, self.closed.is_set
         ):
             checkpoints.prune(self.run, self.keep, best, newest=facts["step"])
+            self.committed(facts["step"])
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -119,7 +145,7 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
 def restore(engine: Engine, checkpoint: Checkpoint, batch: StepBatch) -> None:
     """Bring a fresh engine to the checkpoint's state. All ranks call it. Raises TrainingError for files that are no such state."""
     state = read_state(checkpoint)
-    with Tensorfiles(checkpoint, ("states-", "frozen-")) as files:
+    with Tensorfiles(checkpoint, ("states-", "frozen-", "buffers-")) as files:
         engine.restore(lambda name, kind: files.read(f"{name}/{kind}"), state["counters"], batch)
         engine.restore_frozen(files.read)
     own = f"random-{dist.get_rank()}-of-{dist.get_world_size()}."
@@ -177,12 +203,6 @@ def set_random_state(state: Tensors) -> None:
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, state["numpy_gauss"].item()))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _share(tensors: Iterable[tuple[str, torch.Tensor]], len_of_group: int) -> Tensors:
-    """Copies on the host of this rank's share of what all ranks walk through: every world-size-th group."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    return {name: _on_host(tensor) for index, (name, tensor) in enumerate(tensors) if index // len_of_group % world_size == rank}
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,12 @@ from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.errors import PlanMismatch
 from trainkit.planning.planner import Plan
 from trainkit.training.model import DTYPES, TASKS, persistent_buffers
+from trainkit.training.states import STATES, WEIGHT, Piece
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-STATES = (WEIGHT, *MOMENTS)  # of a trained parameter, all fp32: the optimizer's own weight and AdamW's two moments
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+_NOTHING = torch.empty(0)
 
 
 class Partitioning:
@@ -114,15 +116,17 @@ class Engine:
                 whole = parameter.detach().to("cpu", DTYPES[self.plan.precision], copy=True) if rank == 0 else None
             yield name, whole
 
-    def optimizer_states(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """(parameter's name, one of STATES, whole fp32 tensor on the device) of every trained parameter, after a step.
-
-        All ranks must walk through it together. One tensor at a time is whole.
-        """
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank holds of every trained parameter's states, after a step: in the same order on all ranks, without any talk."""
         stepped = self.counters()["optimizer_steps"] > 0  # fp16 may have skipped all steps so far, and then there are no moments
-        for name, parameter in self._trained():
+        for owner, (name, parameter) in enumerate(self._trained()):
             for state in STATES if stepped else (WEIGHT,):
-                yield name, state, self._own(parameter)[state].detach() if self._holds_all else _whole(parameter, state)
+                shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+                if self._holds_all:
+                    mine = owner % self.world_size == dist.get_rank()
+                    yield Piece(name, state, owner, shape, 0, self._own(parameter, state).flatten() if mine else _NOTHING)
+                else:
+                    yield Piece(name, state, owner, shape, *_held(parameter, state))
 
     def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole tensor on the device) of every parameter that is not trained. All ranks must walk through it together."""
@@ -151,7 +155,7 @@ class Engine:
             values = {state: read(name, state).to(self.device) for state in (STATES if counters["optimizer_steps"] else (WEIGHT,))}
             for state, value in values.items():
                 if self._holds_all:
-                    self._own(parameter)[state].data.copy_(value)
+                    self._own(parameter, state).copy_(value)
                 else:
                     _set_whole(parameter, state, value)
             self._write(parameter, values[WEIGHT])
@@ -193,10 +197,10 @@ class Engine:
     def _scaler_counters(self) -> set[str]:
         return {name for name in _SCALER if self.plan.precision == "fp16" and hasattr(self._scaler, name)}
 
-    def _own(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        """A parameter's states where this rank holds them whole, beside its fp32 weight: its own, or that in DeepSpeed's optimizer."""
+    def _own(self, parameter: torch.nn.Parameter, state: str) -> torch.Tensor:
+        """A state where this rank holds it whole: beside the fp32 weight, which is the parameter or lies in DeepSpeed's optimizer."""
         weight = parameter if self.plan.precision == "fp32" else self._masters[parameter]
-        return {WEIGHT: weight.data, **{moment: self._optimizer_state[weight][moment] for moment in MOMENTS}}
+        return weight.detach() if state == WEIGHT else self._optimizer_state[weight][state]
 
     @functools.cached_property
     def _masters(self) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -220,18 +224,32 @@ class Engine:
             _replay_cpu_adam(self.ds.basic_optimizer, steps)
 
 
-def _whole(parameter: torch.nn.Parameter, state: str) -> torch.Tensor:
-    if state == WEIGHT:
-        return deepspeed.utils.safe_get_full_fp32_param(parameter)
-    return deepspeed.utils.safe_get_full_optimizer_state(parameter, state)
+def _held(parameter: torch.nn.Parameter, state: str) -> tuple[int, torch.Tensor]:
+    """(first element, elements) of the flattened parameter's state that this rank holds."""
+    if hasattr(parameter, "ds_id"):
+        begin, end = _span(parameter)
+        if state == WEIGHT:
+            return begin, deepspeed.utils.safe_get_local_fp32_param(parameter)[: end - begin]
+        return begin, deepspeed.utils.safe_get_local_optimizer_state(parameter, state)[: end - begin]
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # given by DeepSpeed: which part of its flat partition is the parameter's
+    if mapping is None:
+        return 0, _NOTHING
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(None if state == WEIGHT else state).detach()
+
+
+def _span(parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """The elements of the flattened parameter that this rank holds under ZeRO-3; the last ranks' pieces are padded beyond it."""
+    length, numel = parameter.partition_numel(), parameter.ds_numel  # type: ignore[attr-defined]  # given by DeepSpeed
+    begin = min(dist.get_rank() * length, numel)
+    return begin, min(begin + length, numel)
 
 
 def _set_whole(parameter: torch.nn.Parameter, state: str, value: torch.Tensor) -> None:
-    """The counterpart of _whole. Under ZeRO-3 this rank's piece is cut here: DeepSpeed's own way fails where the last piece is padded."""
+    """The counterpart of _held. Under ZeRO-3 this rank's piece is cut here: DeepSpeed's own way fails where the last piece is padded."""
     if hasattr(parameter, "ds_id"):
-        numel = parameter.partition_numel()  # type: ignore[attr-defined]  # given by DeepSpeed
-        piece = value.flatten()[dist.get_rank() * numel :][:numel]
-        piece = torch.nn.functional.pad(piece, (0, numel - piece.numel()))
+        begin, end = _span(parameter)
+        padding = parameter.partition_numel() - (end - begin)  # type: ignore[attr-defined]  # given by DeepSpeed
+        piece = torch.nn.functional.pad(value.flatten()[begin:end], (0, padding))
         if state == WEIGHT:
             deepspeed.utils.safe_set_local_fp32_param(parameter, piece)
         else:

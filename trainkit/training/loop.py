@@ -30,6 +30,9 @@ class StepFeed(Protocol):
     def micro_batches(self, step: int) -> StepBatch: ...
 
 
+DATA_WAIT = "the wait for data"  # the feed itself says more about it, and ends it
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What the loop tells and asks the outside. Every rank calls all of them at the same steps."""
@@ -39,6 +42,8 @@ class Surroundings:
     keep_best: Callable[[int], None]  # the weights of now are the best so far
     save: Callable[[Outcome], None]  # the state after outcome.steps steps
     stop_requested: Callable[[], bool]
+    save_requested: Callable[[], bool] = lambda: False  # a node will go away: save soon, until it is done
+    begins: Callable[[int, str], None] = lambda step, piece: None  # a piece of work of a step: whoever begins no more of them hangs
 
 
 @dataclass
@@ -69,15 +74,19 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
     with contextlib.closing(ledger):
         for step in range(outcome.steps + 1, plan.total_steps + 1):
             began = time.perf_counter()
+            around.begins(step, DATA_WAIT)
             batch = feed.micro_batches(step)
             data_wait = time.perf_counter() - began
 
-            loss_sum = forward_and_backward(engine, batch, recipe.train.seed)
+            loss_sum = forward_and_backward(engine, batch, recipe.train.seed, around.begins)
+            around.begins(step, "the optimizer step")
             lr = learning_rate(step, plan.total_steps, plan.warmup_steps, recipe.optimizer.lr, recipe.optimizer.lr_scheduler_type)
             grad_norm, applied = engine.step(lr)
 
-            mine = Submitted(batch, loss_sum, grad_norm, applied, lr, data_wait, began, around.stop_requested())
-            if _stops(ledger.submit(mine), plan, outcome):
+            around.begins(step, "the exchange of the step's numbers")
+            wishes = around.stop_requested(), around.save_requested()
+            before = ledger.submit(Submitted(batch, loss_sum, grad_norm, applied, lr, data_wait, began, *wishes))
+            if _stops(before, plan, outcome):
                 break
             if evaluation_due(step, plan):
                 if _stops(ledger.flush(), plan, outcome):
@@ -85,7 +94,7 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
                 _evaluate_if_due(outcome, plan, recipe, around)
                 if outcome.stopped_early:
                     break
-            if save_due(step, plan):
+            if save_due(step, plan) or (before is not None and before.save and saved < before.step):
                 if _stops(ledger.flush(), plan, outcome):
                     break
                 around.save(outcome)
@@ -99,13 +108,16 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
     return outcome
 
 
-def forward_and_backward(engine: Engine, batch: StepBatch, seed: int) -> torch.Tensor:
+def forward_and_backward(
+    engine: Engine, batch: StepBatch, seed: int, begins: Callable[[int, str], None] = lambda step, piece: None
+) -> torch.Tensor:
     """All micro-batches of this rank; returns the sum of their losses, a scalar on the device.
 
     Dropout is seeded by (seed, step, number of the micro-batch in the step), so it does not depend on which rank trains it.
     """
     total = torch.zeros((), device=engine.device)
-    for micro in batch.micro_batches:
+    for number, micro in enumerate(batch.micro_batches, start=1):
+        begins(batch.step, f"forward and backward of micro-batch {number} of {len(batch.micro_batches)}")
         torch.manual_seed(combine(seed, batch.step, micro.index) % 2**63)
         sum_loss = engine.sum_loss(micro)
         engine.backward(sum_loss, batch.label_tokens, last=micro is batch.micro_batches[-1])

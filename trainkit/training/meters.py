@@ -23,7 +23,7 @@ from trainkit.data.order import set_hash
 from trainkit.units import gib
 
 _FIELDS = (
-    *("loss_sum", "grad_norm", "applied", "tokens", "padded_tokens", "peak_bytes", "reserved_bytes", "data_wait", "stop"),
+    *("loss_sum", "grad_norm", "applied", "tokens", "padded_tokens", "peak_bytes", "reserved_bytes", "data_wait", "stop", "save"),
     *("hash_low", "hash_high"),  # halves of 64 bits: a float64 holds 53 exactly
 )
 
@@ -39,7 +39,8 @@ class Submitted:
     lr: float
     data_wait_seconds: float
     began: float  # time.perf_counter() at the start of the step
-    stop: bool
+    stop: bool  # somebody wants the run to end after this step
+    save: bool = False  # a node will go away: a checkpoint now
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class StepRecord:
     data_wait_seconds: float  # of the rank that waited longest
     skipped_ranks: tuple[int, ...]  # on which DeepSpeed did not update the weights
     stop: bool
+    save: bool
     non_finite_ranks: tuple[int, ...]  # whose loss is NaN or infinite
     step_hash: int  # of the sample ids that the ranks trained
     peak_bytes: tuple[int, ...]  # per rank: allocated on the GPU, resident on the CPU
@@ -82,7 +84,8 @@ class StepLedger:
         padded = sum(micro.padded_tokens for micro in mine.batch.micro_batches)
         trained = sum(set_hash(micro.sample_ids) for micro in mine.batch.micro_batches) % 2**64
         hash_low, hash_high = trained % 2**32, trained >> 32
-        numbers = [0, 0, mine.applied, tokens, padded, peak, reserved, mine.data_wait_seconds, mine.stop, hash_low, hash_high]
+        numbers = [0, 0, mine.applied, tokens, padded, peak, reserved, mine.data_wait_seconds, mine.stop, mine.save]
+        numbers += [hash_low, hash_high]
         local = torch.tensor(numbers, dtype=torch.float64, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
         local[0] = mine.loss_sum
         local[1] = mine.grad_norm
@@ -138,6 +141,7 @@ def _record(mine: Submitted, gathered: torch.Tensor, seconds: float) -> StepReco
         data_wait_seconds=max(by_name["data_wait"]),
         skipped_ranks=tuple(rank for rank, applied in enumerate(by_name["applied"]) if not applied),
         stop=any(by_name["stop"]),
+        save=any(by_name["save"]),
         non_finite_ranks=tuple(rank for rank, loss in enumerate(losses) if not math.isfinite(loss)),
         step_hash=sum(hashes) % 2**64,
         peak_bytes=tuple(int(number) for number in by_name["peak_bytes"]),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.initialization import no_init_weights
 
 from trainkit.data.feed import IGNORED_LABEL, MicroBatch
 from trainkit.errors import DataError
@@ -166,7 +167,14 @@ def build_model(recipe: Recipe, first_weights: str | None, gathered: Gathered, l
     """
     config = load_config(recipe, label_names)
     dtype = DTYPES[recipe.model.precision]
-    model = _from_config(recipe, config, dtype) if recipe.model.weights == "random" else _from_pretrained(recipe, config, dtype)[0]
+    if recipe.model.weights == "pretrained":
+        model = _from_pretrained(recipe, config, dtype)[0]
+    elif first_weights is None:
+        model = _from_config(recipe, config, dtype)
+    else:
+        with no_init_weights():  # all are written below: drawing a large model twice takes half a minute
+            model = _from_config(recipe, config, dtype)
+        model.tie_weights()
     model = _add_lora(model, recipe)
     if first_weights is not None:
         _overlay(model, first_weights, gathered)

@@ -1,0 +1,183 @@
+"""Which rank hangs, and where: every rank leaves a sign of life in the run folder, and the driver compares them.
+
+When one rank hangs, all others soon wait for it in a collective, and look just as still. The one to name is the one that has begun the
+fewest pieces of work: all ranks of a training do the same pieces in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from trainkit.errors import TrainingError
+from trainkit.runs.folder import RunFolder, write_whole
+from trainkit.units import format_seconds
+
+BEAT_SECONDS = 2.0
+NOTICE_SECONDS = 45.0  # stillness that is said
+HANG_SECONDS = 100.0  # stillness that ends the attempt
+FIRST_STEP_SECONDS = 600.0  # the same in the first step of an attempt, which warms up
+PATIENCE = 10  # times the longest piece of a step: a run of slow steps gets longer
+_DRIVER_WAS_AWAY_SECONDS = 10.0  # between two looks: the machine slept, and the ranks' stillness says nothing
+_LIBRARY = Path(threading.__file__).parent  # a line there tells little: Condition.wait and the like
+_WAITING_IN = ("torch/distributed/", "deepspeed/comm/")
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Where a rank stands."""
+
+    rank: int
+    beat: int  # grows as long as the process runs at all
+    step: int  # the optimizer step of the piece of work; the last finished one outside of steps
+    pieces: int  # begun since the start of the attempt
+    piece: str  # of work: "forward and backward of micro-batch 3", "evaluating"
+    in_step: bool  # a computation of an optimizer step: those take about equally long, step after step; others take what they take
+    longest: float  # seconds of such a piece so far, those of the first step left out; 0 before the second
+    line: str  # of Python that the main thread is in
+    waits: bool  # in a collective
+
+
+class Heart:
+    """One rank's signs of life, written by a thread every BEAT_SECONDS while it is entered."""
+
+    def __init__(self, folder: RunFolder, rank: int):
+        self.path, self.rank = _path(folder, rank), rank
+        self.place: tuple[int, int, str, bool, float] = (0, 0, "starting", False, 0.0)  # step, pieces, piece, in_step, longest
+        self.since, self.first_step = time.monotonic(), -1
+        self.stopped, self.main = threading.Event(), threading.get_ident()
+        self.thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+
+    def begins(self, step: int, piece: str, in_step: bool = True) -> None:
+        """Called by the main thread at the beginning of every piece of work."""
+        now, (before, pieces, _, was_in_step, longest) = time.monotonic(), self.place
+        if was_in_step and before > self.first_step:
+            longest = max(longest, now - self.since)
+        if in_step and self.first_step < 0:
+            self.first_step = step
+        self.since = now
+        self.place = step, pieces + 1, piece, in_step, longest
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def _beat(self) -> None:
+        beat = 0
+        while True:
+            beat += 1
+            sign = Sign(self.rank, beat, *self.place, *_standing(sys._current_frames().get(self.main)))
+            with contextlib.suppress(OSError):  # a disk that is full for a while is the checkpoints' business
+                write_whole(self.path, json.dumps(asdict(sign)), durable=False)
+            if self.stopped.wait(BEAT_SECONDS):
+                return
+
+
+def signs(folder: RunFolder, world_size: int) -> list[Sign]:
+    """Of the ranks that have left one."""
+    found = []
+    for rank in range(world_size):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found.append(Sign(**json.loads(_path(folder, rank).read_text("utf-8"))))
+    return found
+
+
+@dataclass(frozen=True)
+class Stillness:
+    """A rank that the others wait for, and for how long."""
+
+    sign: Sign
+    seconds: float
+    silent: bool  # the process itself gives no sign: stopped, or its node is gone
+    hangs: bool  # longer than anything that was none
+
+    def text(self) -> str:
+        where = "gives no sign of life" if self.silent else f"stands at {self.sign.line}"
+        return f"step {self.sign.step}: rank {self.sign.rank} {where}, in {self.sign.piece}"
+
+    def error(self) -> TrainingError:
+        return TrainingError(
+            f"{self.text()}, for {format_seconds(int(self.seconds))}; the other ranks wait for it",
+            rank=self.sign.rank, step=self.sign.step, from_outside=self.silent,
+        )  # fmt: skip
+
+
+class Stillnesses:
+    """What the driver makes of the signs, by its own clock."""
+
+    def __init__(self, world_size: int, read: Callable[[], Iterable[Sign]], clock: Callable[[], float] = time.monotonic):
+        self.world_size, self.read, self.clock = world_size, read, clock
+        self.last: dict[int, Sign] = {}
+        self.moved: dict[int, float] = {}  # rank to when it was seen to begin a piece of work
+        self.alive: dict[int, float] = {}  # rank to when it was seen to beat
+        self.looked = clock()
+        self.found: Stillness | None = None
+
+    def look(self) -> Stillness | None:
+        """None while some rank moves, or has not yet left a sign. May be called as often as one likes."""
+        now = self.clock()
+        away = now - self.looked
+        if away < BEAT_SECONDS and self.last:
+            return self.found
+        if away > _DRIVER_WAS_AWAY_SECONDS:
+            for times in (self.moved, self.alive):
+                times.update({rank: since + away for rank, since in times.items()})
+        self.looked = now
+        for sign in self.read():
+            self._take(sign, now)
+        self.found = self._judged(now) if len(self.last) == self.world_size else None
+        return self.found
+
+    def _take(self, sign: Sign, now: float) -> None:
+        before = self.last.get(sign.rank)
+        if before is None or sign.beat != before.beat:
+            self.alive[sign.rank] = now
+        if before is None or sign.pieces != before.pieces:
+            self.moved[sign.rank] = now
+        self.last[sign.rank] = sign
+
+    def _judged(self, now: float) -> Stillness | None:
+        seconds = now - max(self.moved.values())
+        if seconds <= NOTICE_SECONDS:
+            return None
+        silent = [rank for rank in self.last if now - self.alive[rank] > NOTICE_SECONDS]
+        behind = min(self.last.values(), key=lambda sign: (sign.rank not in silent, sign.pieces, sign.waits, sign.rank))
+        longest = max(sign.longest for sign in self.last.values())
+        limit = max(HANG_SECONDS, PATIENCE * longest) if longest else FIRST_STEP_SECONDS
+        if len(silent) == self.world_size:  # for all that is known the folder stands still, to which all write
+            limit = float("inf")
+        elif silent:
+            limit = HANG_SECONDS
+        elif not behind.in_step:
+            limit = float("inf")
+        return Stillness(behind, seconds, silent=bool(silent), hangs=seconds > limit)
+
+
+def _standing(frame: FrameType | None) -> tuple[str, bool]:
+    """(the innermost line of a thread outside of Python's own library as "file:line in function", whether it waits in a collective)."""
+    frames = list(_stack(frame))
+    if not frames:
+        return "an unknown line", False
+    telling = next((it for it in frames if Path(it.f_code.co_filename).parent != _LIBRARY), frames[0])
+    line = f"{'/'.join(Path(telling.f_code.co_filename).parts[-2:])}:{telling.f_lineno} in {telling.f_code.co_name}"
+    return line, any(part in it.f_code.co_filename for it in frames for part in _WAITING_IN)
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    """Innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _path(folder: RunFolder, rank: int) -> Path:
+    return folder.ray / f"sign-{rank}.json"
