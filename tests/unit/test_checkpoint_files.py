@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 
 from trainkit.errors import TrainingError, UsageError
 from trainkit.runs import checkpoints
-from trainkit.runs.checkpoints import Checkpoint, checkpoint_path, clear_incomplete, commit, complete, newest_sound, prune, write_part
+from trainkit.runs.checkpoints import (
+    Checkpoint,
+    checkpoint_path,
+    clear_incomplete,
+    commit,
+    complete,
+    newest_sound,
+    prune,
+    set_aside,
+    write_part,
+)
 
 RANKS = 2
 STEPS = st.sets(st.integers(1, 2_000_000), min_size=1, max_size=8)
@@ -177,6 +187,15 @@ def test_a_file_that_is_not_what_was_written_is_named_and_the_older_checkpoint_t
     assert str(newest.path) in caught.value.message and f"{shard(1)} {why}" in caught.value.message.replace("is not what was written: ", "")
     assert sound(run) == (100, [caught.value.message])
     assert [it.step for it in complete(run)] == [200, 100]  # left as it is
+
+
+def test_checkpoints_that_do_not_hold_make_room_for_those_saved_anew(run: Path) -> None:
+    steps = [it.step for it in complete(run)]
+    aside = set_aside(run, after=steps[-1])
+    assert [it.step for it in complete(run)] == steps[-1:] and len(aside) == len(steps) - 1 > 0
+    assert all(path.is_dir() and path.name.startswith("broken-step-") for path in aside)
+    clear_incomplete(run)
+    assert all(path.is_dir() for path in aside), "a person may want to look at them"
 
 
 def test_two_files_that_changed_places_are_found(run: Path) -> None:

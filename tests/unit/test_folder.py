@@ -14,7 +14,8 @@ import pytest
 
 from trainkit.errors import UsageError
 from trainkit.runs import folder as folders
-from trainkit.runs.folder import RunFolder, StepLog, StepTail, write_whole
+from trainkit.runs.files import write_whole
+from trainkit.runs.folder import RunFolder, StepLog, StepTail
 
 HOLD_THE_LOCK = """
 import sys, time

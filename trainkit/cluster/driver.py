@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,7 @@ class _Run:
         error = _cause(failure, self)
         steps = self.folder.read_steps()
         self.failures.append(Failure.of(error, 0 if checkpoint is None else checkpoint.step, steps[-1]["step"] if steps else 0))
+        self.folder.append_failure(asdict(self.failures[-1]))
         verdict = decide_what_to_do(self.failures, self._allowed())
         if self.signals.taken or not verdict.again:
             raise error from failure
@@ -199,6 +200,8 @@ class _Run:
             raise UsageError(
                 f"{self.folder.path / 'checkpoints'}: none of the checkpoints can be used. Put one back as it was, or begin a new run"
             )
+        for path in checkpoints.set_aside(self.folder.path, after=sound.step) if sound is not None else ():
+            self._say(f"it is kept as {path}", "yellow")
         return sound
 
     def _check_data(self, prepared: Any, checkpoint: Checkpoint | None) -> None:
@@ -259,13 +262,15 @@ def _recorded(run: _Run, began: float) -> dict[str, Any]:
     try:
         outcome = run.train()
         if outcome["status"] == "interrupted":
-            error = Interrupted(f"interrupted after step {outcome['steps']} of {run.plan.total_steps}{_way_on(run)}")
+            error = Interrupted(f"interrupted after step {outcome['steps']} of {run.plan.total_steps}; {_way_on(run)}")
     except KeyboardInterrupt:
-        error = Interrupted(f"interrupted at once{_way_on(run)}")
+        error = Interrupted(f"interrupted at once; {_way_on(run)}")
     except Exception as failure:
         error = _unless_interrupted(_cause(failure, run), run)
     with run.signals.ignored():
-        summary = summarize(run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began, run.failures, run.restarts)
+        summary = summarize(
+            run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began, run.folder.failures(), run.restarts
+        )
         try:
             run.folder.write_summary(summary)
         except TrainkitError as unwritten:  # the disk is full: what filled it is told first
@@ -274,6 +279,8 @@ def _recorded(run: _Run, began: float) -> dict[str, Any]:
     if lacks:
         run.console.print(lacks, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if error is not None:
+        if error.exit_code != Interrupted.exit_code and checkpoints.complete(run.folder.path):
+            run.console.print(_way_on(run), style="yellow", highlight=False, markup=False, soft_wrap=True)
         raise error
     screen.show_result(run.console, run.folder, run.recipe, summary)
     return summary
@@ -290,15 +297,15 @@ def _cause(failure: Exception, run: _Run) -> TrainkitError:
 def _unless_interrupted(error: TrainkitError, run: _Run) -> TrainkitError:
     """Batch systems send a signal to the whole process group: what it ended elsewhere was interrupted as well, not failed."""
     if run.signals.taken and error.facts.get("from_outside"):
-        return Interrupted(f"interrupted at once: {error.message}{_way_on(run)}")
+        return Interrupted(f"interrupted at once: {error.message}; {_way_on(run)}")
     return error
 
 
 def _way_on(run: _Run) -> str:
     found = checkpoints.complete(run.folder.path)
     kept = (
-        f"its checkpoint of step {found[0].step} is kept: --resume --name {run.folder.name} goes on"
+        f"the checkpoint of step {found[0].step} is kept: --resume --name {run.folder.name} goes on"
         if found
-        else "it has no checkpoint yet"
+        else "there is no checkpoint yet"
     )
-    return f"; {kept}. Its record is {run.folder.path}"
+    return f"{kept}. The record is {run.folder.path}"

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 
 from trainkit.errors import TrainingError
-from trainkit.runs.folder import RunFolder, write_whole
+from trainkit.runs.files import write_whole
+from trainkit.runs.folder import RunFolder
 from trainkit.units import format_seconds
 
 BEAT_SECONDS = 2.0

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from trainkit.cluster.faults import Failure
 from trainkit.errors import TrainkitError
 from trainkit.planning.planner import Plan
 
@@ -17,7 +15,7 @@ def summarize(
     outcome: Mapping[str, Any],
     error: TrainkitError | None,
     wall_seconds: float,
-    failures: Sequence[Failure] = (),
+    failures: Sequence[Mapping[str, Any]] = (),
     restarts: int = 0,
 ) -> dict[str, Any]:
     """`outcome` is rank 0's, empty if it left none. `seconds` counts optimizer steps alone, `wall_seconds` the whole command."""
@@ -38,7 +36,7 @@ def summarize(
         "peak_memory_gib": steps[-1]["peak_memory_gib"] if steps else None,
         "data_wait_fraction": _rate(waited, seconds),
         "restarts": restarts,
-        "failures": [asdict(failure) for failure in failures],
+        "failures": list(failures),
         "world_size": plan.world_size,
         "zero_stage": plan.zero_stage,
         "offload": {"optimizer": plan.offload_optimizer, "param": plan.offload_param},

@@ -34,7 +34,8 @@ from trainkit.recipe.schema import Recipe
 from trainkit.runs import checkpoints
 from trainkit.runs.checkpoints import Checkpoint, sha256
 from trainkit.runs.copying import Copier, NoCopier
-from trainkit.runs.folder import PREDECESSOR_SECONDS, Lock, RunFolder, StepLog
+from trainkit.runs.files import Lock
+from trainkit.runs.folder import PREDECESSOR_SECONDS, RunFolder, StepLog
 from trainkit.training import loop
 from trainkit.training.board import Board, SilentBoard, TensorBoard
 from trainkit.training.checkpoint import Saver, read_state, restore

@@ -25,7 +25,7 @@ from typing import Any
 from trainkit.data import jsonl
 from trainkit.data.arrays import crc32_of
 from trainkit.errors import DataError
-from trainkit.runs.folder import write_whole
+from trainkit.runs.files import write_whole
 
 READERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 ENDINGS = ", ".join(f".{ending}" for ending in READERS) + " (.gz too)"

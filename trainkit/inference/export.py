@@ -23,7 +23,7 @@ from trainkit.data.feed import MicroBatch, moved
 from trainkit.errors import ExportMismatch, TrainingError, TrainkitError, UsageError
 from trainkit.inference.predict import exported_tokenizer, load_plain, load_run_model, open_run
 from trainkit.recipe.schema import Recipe
-from trainkit.runs.folder import linked, write_whole
+from trainkit.runs.files import linked, write_whole
 from trainkit.training.model import DTYPES, TASKS, base_model, persistent_buffers
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainkit.errors import TrainingError, UsageError
-from trainkit.runs.folder import write_whole
+from trainkit.runs.files import write_whole
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{6,})")
@@ -131,6 +131,17 @@ def clear_incomplete(run: Path) -> None:
     for path in _folders(run):
         if not Checkpoint(path).is_complete():
             shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(run: Path, after: int) -> list[Path]:
+    """Rename the complete checkpoints after a step, which do not hold: what is saved anew gets their places. Returns the new names."""
+    aside = []
+    for it in complete(run):
+        if it.step > after:
+            aside.append(it.path.with_name(f"broken-{it.path.name}"))
+            shutil.rmtree(aside[-1], ignore_errors=True)
+            it.path.rename(aside[-1])
+    return aside
 
 
 def prune(run: Path, keep: int, best: int | None = None, newest: int | None = None) -> None:

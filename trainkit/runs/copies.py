@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from trainkit.errors import UsageError
 from trainkit.runs import checkpoints
 from trainkit.runs.checkpoints import MANIFEST, Checkpoint, checkpoint_path, step_of
-from trainkit.runs.folder import linked
+from trainkit.runs.files import linked
 
 OF_THE_RUN = ("steps.jsonl", "plan.json", "recipe.yaml")  # fetched in this order: a folder with a recipe is a run's
 _BEST = re.compile(r"\.best-\d+")

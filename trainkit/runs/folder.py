@@ -13,7 +13,6 @@ beside its place, flushed to the disk, then moved.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainkit.errors import UsageError
+from trainkit.runs.files import Lock, whole_lines, write_whole
 
 PREDECESSOR_SECONDS = 30.0  # to wait for: a rank 0 whose command was killed went on writing for 1.8 s
 _SHARED_SECONDS = 30.0  # network drives show a new file late
@@ -124,17 +124,7 @@ class RunFolder:
 
     def read_steps(self) -> list[dict[str, Any]]:
         """All complete lines of steps.jsonl; a line cut off by a killed process is left out."""
-        try:
-            text = self.steps_path.read_text("utf-8")
-        except FileNotFoundError:
-            return []
-        steps = []
-        for line in text[: text.rfind("\n") + 1].splitlines():
-            try:
-                steps.append(json.loads(line))
-            except ValueError:  # a machine that lost its power leaves anything behind
-                break
-        return steps
+        return whole_lines(self.steps_path)
 
     def keep_steps(self, done: int) -> None:
         """Take out the steps after `done`, which an earlier attempt took and no checkpoint has kept."""
@@ -175,6 +165,14 @@ class RunFolder:
             old.unlink(missing_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)
         return 1 + sum(1 for _ in self.ray.glob("attempt-*"))
+
+    def append_failure(self, failure: Mapping[str, Any]) -> None:
+        """How an attempt ended, of any command that worked on this run."""
+        with (self.ray / "failures.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(failure) + "\n")
+
+    def failures(self) -> list[dict[str, Any]]:
+        return whole_lines(self.ray / "failures.jsonl")
 
     def request_stop(self) -> None:
         """Ask all ranks to end at the same optimizer step."""
@@ -283,59 +281,6 @@ class StepTail:
         self.position += len(whole)
         for line in whole.splitlines():
             yield json.loads(line)
-
-
-class Lock:
-    """An exclusive flock, held from its making to `release` or the end of the process."""
-
-    def __init__(self, path: Path, wait_seconds: float = 0.0):
-        self.file = path.open("a")
-        deadline = time.monotonic() + wait_seconds
-        while not self._taken():
-            if time.monotonic() >= deadline:
-                self.file.close()
-                raise UsageError(
-                    f"{path.parents[1]}: another process works on this run ({path.name}). Wait for it, or give this one another --name"
-                )
-            time.sleep(0.1)
-
-    def release(self) -> None:
-        self.file.close()
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
-
-    def _taken(self) -> bool:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-
-def write_whole(path: Path, text: str, durable: bool = True) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part; `durable` waits for the disk."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def linked(source: str | Path, target: str | Path) -> None:
-    """A hard link where the disk knows them, else a copy: as shutil.copytree's copy_function."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _make_numbered(storage: Path, stem: str, elsewhere: Iterable[str]) -> Path:

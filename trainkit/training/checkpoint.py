@@ -34,7 +34,7 @@ from trainkit.data.feed import StepBatch
 from trainkit.errors import TrainingError
 from trainkit.runs import checkpoints
 from trainkit.runs.checkpoints import Checkpoint
-from trainkit.runs.folder import linked
+from trainkit.runs.files import linked
 from trainkit.training.model import persistent_buffers
 from trainkit.training.states import STATES, WEIGHT, HostMemory, Piece, Tensors, joined
 
