@@ -7,9 +7,11 @@ them are compared with those of the case that was never interrupted.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import launch
 from test_parity import RECIPE, STAGES, Results, save_model, train_all, write_rows
 
 SAME = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
@@ -103,3 +105,10 @@ def test_a_state_that_is_not_restored_would_be_seen(results: Results) -> None:
     """What the comparison can tell apart: 4 steps of training, and AdamW's count of steps."""
     whole = results[name_of("zero1", 2)]
     assert np.abs(whole[4:8, 0] / whole[:4, 0] - 1).max() > 1e-3
+
+
+def test_three_ranks_put_together_what_deepspeed_itself_gathers(results: Results, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With parameters that three do not divide, and ranks that hold nothing of some."""
+    folder = next(tmp_path_factory.getbasetemp().glob("checkpoints*"))
+    arguments = [str(folder / "seq2seq.yaml"), str(folder / "seq2seq.safetensors"), "zero1", "zero2", "zero3", "zero2_offload"]
+    launch(Path(__file__).with_name("pieces_worker.py"), arguments, 3, folder, timeout=250, OMP_NUM_THREADS="1")
