@@ -45,8 +45,9 @@ from trainkit.cluster.session import environment, environment_settings, ray_sess
 from trainkit.cluster.signals import Signals
 from trainkit.data.arrays import TokenArrays, Writer, ragged
 from trainkit.data.batches import Budget
-from trainkit.data.distributor import Feeding, WireCall, make_distributor
+from trainkit.data.distributor import Feeding, make_distributor
 from trainkit.data.feed import CALL_BYTES, Feed, Padding, Source
+from trainkit.data.wire import WireCall
 from trainkit.recipe.schema import Recipe, Scaling
 
 ROWS = 32  # of a micro-batch

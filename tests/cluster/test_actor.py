@@ -9,14 +9,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
-import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from test_launch import ROOT, environment, family, started
+from runs_under_test import ROOT, actors_in, environment, family, started, waited_for
 
 from trainkit.cluster.tokenizing import by_ray_data
 from trainkit.data import distributor
@@ -33,10 +33,6 @@ STEPS = 120
 RUN = ["--set", f"train.max_steps={STEPS}", "--set", "data.eval=null", "--set", "train.metrics=[]", "--set", "batch.samples=32"]
 
 
-def actors_in(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [process for process in processes if any("DataDistributor" in word for word in process.cmdline())]
-
-
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killing_the_actor_changes_nothing(tmp_path: Path, kills: int) -> None:
     """Losses, gradient norms and the hash of the trained samples are bit-identical to an undisturbed run's."""
@@ -44,11 +40,14 @@ def test_killing_the_actor_changes_nothing(tmp_path: Path, kills: int) -> None:
     for name, times in (("undisturbed", 0), ("disturbed", kills)):
         folder, rng = RunFolder(tmp_path / name / "it"), random.Random(0)
         moments = sorted(rng.randrange(STEPS // 2) for _ in range(times))  # steps; beyond them everything is handed out already
-        with started(tmp_path / name, RUN) as process:
+        with started(tmp_path / name, [*RUN, "--verbose"] if name == "undisturbed" else RUN) as process:
             for moment in moments:
                 killed_at.append(_killed(process, folder, moment, rng.uniform(0.0, 0.1)))
-            _, err = process.communicate(timeout=200)
+            out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
+        if name == "undisturbed":
+            table = out[out.index("handed out by the DataDistributor:") :].splitlines()[2:4]
+            assert [line.split()[:2] + line.split()[4:5] for line in table] == [[str(rank), str(STEPS), "0"] for rank in (0, 1)]
         left[name] = [(step["loss"], step["grad_norm"], step["lr"], step["order"]) for step in folder.read_steps()]
     assert len(left["undisturbed"]) == STEPS and left["disturbed"] == left["undisturbed"]
     assert sum(0 < steps < STEPS for steps in killed_at) >= kills // 2, "while it was training"
@@ -56,20 +55,12 @@ def test_killing_the_actor_changes_nothing(tmp_path: Path, kills: int) -> None:
 
 def _killed(process: subprocess.Popen[str], folder: RunFolder, step: int, later: float) -> int:
     """Kill the actor some seconds after a step is done: the steps done then."""
-    waited_for(lambda: len(folder.read_steps()) >= step)
+    waited_for(lambda: len(folder.read_steps()) >= step, 200)  # the start of Ray and of the workers included
     (actor,) = waited_for(lambda: actors_in(family(process)))
     time.sleep(later)
     actor.kill()
     actor.wait(10)
     return len(folder.read_steps())
-
-
-def waited_for(look, seconds: float = 60, every: float = 0.02):  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < deadline
-        time.sleep(every)
-    return found
 
 
 def feeding(folder: Path, tokens: int = 50) -> dict[str, Feeding]:
@@ -98,7 +89,8 @@ def two_nodes() -> Iterator[str]:
 
 def test_a_node_that_sees_the_data_has_an_actor_of_its_own(two_nodes: str, tmp_path: Path) -> None:
     feedings = feeding(tmp_path / "tokens")
-    found = make_distributors(feedings)
+    assert make_distributors(feedings, []).of_node == {}
+    found = make_distributors(feedings, [two_nodes, ray.get_runtime_context().get_node_id()])
     assert set(found.of_node) == {two_nodes} and found.nearest() is found.of_driver
     there, plain = found.of_node[two_nodes], DataDistributor(feedings)
     for rank in range(2):
@@ -120,7 +112,27 @@ def test_a_node_that_sees_something_else_is_served_by_the_drivers_actor(
         else {"train": Feeding("/nowhere", "causal", 7, 16, 2, Budget(rows=1), True)}
     )
     monkeypatch.setattr(distributor, "make_distributor", lambda feedings, node=None: make(others if node else feedings, node))
-    assert make_distributors(feeding(tmp_path / "tokens")).of_node == {}
+    assert make_distributors(feeding(tmp_path / "tokens"), [two_nodes]).of_node == {}
+
+
+def test_nodes_that_do_not_answer_cost_one_deadline_together(two_nodes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(DataDistributor):
+        def manifests(self) -> dict[str, dict[str, Any]]:
+            time.sleep(60)
+            return super().manifests()
+
+    make = distributor.make_distributor
+    silent = ["one", "two", "three"]
+
+    def make_there(feedings: dict[str, Feeding], node: str | None = None):  # type: ignore[no-untyped-def]
+        with monkeypatch.context() as patch:
+            patch.setattr(distributor, "DataDistributor", Silent if node in silent else DataDistributor)
+            return make(feedings, two_nodes if node else None)
+
+    monkeypatch.setattr(distributor, "make_distributor", make_there)
+    began = time.monotonic()
+    found = make_distributors(feeding(tmp_path / "tokens"), ["answers", *silent], timeout=15.0)
+    assert set(found.of_node) == {"answers"} and time.monotonic() - began < 40
 
 
 def test_ray_data_encodes_the_same_tokens(two_nodes: str, tmp_path: Path) -> None:
@@ -146,4 +158,14 @@ def test_progress_is_counted_by_rank_and_names_the_slowest(two_nodes: str, tmp_p
     ray.get([actor.steps.remote("train", 1, 8, 0), actor.steps.remote("train", 1, 2, 1)])
     progress = ray.get(actor.get_progress.remote(1))
     assert (progress["steps"], progress["steps_behind"], progress["slowest_rank"]) == (2, 6, 1)
-    assert ray.get(actor.get_progress.remote(0))["samples"] > progress["samples"] > 0 and ray.get(actor.doing.remote()) == "nothing"
+    assert ray.get(actor.get_progress.remote(0))["samples"] > progress["samples"] > 0
+    behind = "rank 1 is furthest behind: it was handed train steps up to 2, others up to 8"
+    assert distributor.said(actor, timeout=10) == f"is idle; {behind}"
+
+
+def test_the_ranks_of_all_actors_that_answer_are_told(two_nodes: str, tmp_path: Path) -> None:
+    found = make_distributors(feeding(tmp_path / "tokens"), [two_nodes])
+    ray.get([found.of_driver.steps.remote("train", 1, 8, 0), found.of_node[two_nodes].steps.remote("train", 1, 2, 1)])
+    assert {rank: handed.last_step for rank, handed in found.handed_to("train", 10).items()} == {0: 8, 1: 2}
+    ray.kill(found.of_node[two_nodes])
+    assert set(found.handed_to("train", 10)) == {0}

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from test_actor import waited_for
-from test_launch import environment, started, summary, wait_for_steps
+from runs_under_test import environment, started, summary, wait_for_steps, waited_for
 
 from trainkit.runs import checkpoints
 from trainkit.runs.folder import RunFolder

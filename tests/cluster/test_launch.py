@@ -10,68 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from runs_under_test import ROOT, alive, environment, family, ranks, started, summary, wait_for_steps
 
 from trainkit.runs.folder import RunFolder
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["--set", "train.max_steps=4", "--set", "data.eval=null", "--set", "train.metrics=[]", "--set", "batch.samples=8",
          "--set", "batch.samples_per_device=2"]  # fmt: skip
 LONG = ["--set", "train.max_steps=100000", "--set", "data.eval=null", "--set", "train.metrics=[]", "--set", "batch.samples=8"]
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-
-
-@contextmanager
-def started(runs: Path, options: Sequence[str], **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process group of its own, as a terminal starts it; whatever is left of it is ended."""
-    command = [sys.executable, "-m", "trainkit.run", str(ROOT / "recipes/quickstart.yaml"), "--runs", str(runs), "--name", "it", *options]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment() | variables, cwd=ROOT
-    )
-    try:
-        yield process
-    finally:
-        for left in family(process):
-            left.kill()
-        process.kill()
-        process.communicate()
-
-
-def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    try:
-        return psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def alive(processes: Sequence[psutil.Process]) -> list[str]:
-    """Names of those that still run a second later."""
-    _, left = psutil.wait_procs(list(processes), timeout=1)
-    return [process.name() for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-
-
-def wait_for_steps(folder: RunFolder, process: subprocess.Popen[str], count: int = 2) -> None:
-    deadline = time.monotonic() + 200
-    while len(folder.read_steps()) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no steps"
-        time.sleep(0.1)
-
-
-def summary(folder: RunFolder) -> dict[str, Any]:
-    found = folder.read_summary()
-    assert found is not None
-    return found
 
 
 @dataclass(frozen=True)
@@ -137,9 +89,8 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     with started(tmp_path, LONG) as process:
         wait_for_steps(folder, process)
         workers = family(process)
-        for worker in workers:
-            if any("RayTrainWorker" in word for word in worker.cmdline()):
-                worker.suspend()  # it will not reach the end of its step
+        for worker in ranks(workers):
+            worker.suspend()  # it will not reach the end of its step
         process.terminate()
         time.sleep(1)
         assert process.poll() is None

@@ -13,8 +13,19 @@ from typing import Any
 
 import psutil
 import pytest
-from test_actor import waited_for
-from test_launch import alive, family, started, summary, wait_for_steps
+from runs_under_test import (
+    alive,
+    family,
+    is_saving,
+    planted_path,
+    points,
+    ranks,
+    started,
+    summary,
+    trained,
+    wait_for_steps,
+    waited_for,
+)
 
 from trainkit.runs import checkpoints
 from trainkit.runs.folder import RunFolder
@@ -22,11 +33,6 @@ from trainkit.runs.folder import RunFolder
 STEPS = 60
 RUN = ["--set", f"train.max_steps={STEPS}", "--set", "train.save_steps=8", "--set", "data.eval=null", "--set", "train.metrics=[]",
        "--set", "batch.samples=32"]  # fmt: skip
-
-
-def trained(folder: RunFolder) -> list[dict[str, Any]]:
-    """What must not depend on what happened meanwhile."""
-    return [{key: step[key] for key in ("step", "loss", "grad_norm", "lr", "samples", "order")} for step in folder.read_steps()]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +50,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], lis
     return run
 
 
-def ranks(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """The worker processes in the order of their start, which is that of their ranks."""
-    found = [process for process in processes if any("RayTrainWorker" in word for word in process.cmdline())]
-    return sorted(found, key=lambda process: process.create_time())
-
-
 def kill_first(folder: RunFolder, processes: list[psutil.Process]) -> None:
     ranks(processes)[0].kill()
 
@@ -60,12 +60,7 @@ def kill_last(folder: RunFolder, processes: list[psutil.Process]) -> None:
 
 def kill_in_a_save(folder: RunFolder, processes: list[psutil.Process]) -> None:
     workers = ranks(processes)
-    root = folder.path / "checkpoints"
-
-    def half_written() -> bool:
-        return any(path.is_dir() and not (path / checkpoints.MANIFEST).exists() for path in root.iterdir()) if root.exists() else False
-
-    waited_for(half_written, every=0.001)
+    waited_for(lambda: is_saving(folder), every=0.001)
     for worker in workers:
         worker.kill()
 
@@ -94,15 +89,6 @@ def test_killed_workers_change_nothing(undisturbed: Callable[[str], list[dict[st
     assert [checkpoint.step for checkpoint in kept] == [STEPS, 56] and not list((folder.path / "checkpoints").glob("*/.part*"))
     for checkpoint in kept:
         checkpoint.check()
-
-
-def points(folder: RunFolder) -> list[int]:
-    """Steps of the loss curve as TensorBoard's own reader gives them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder.path / "tensorboard"), purge_orphaned_data=True)
-    events.Reload()
-    return [event.step for event in events.Scalars("train/loss")]
 
 
 def test_hanging_ranks_and_a_full_memory_are_named_and_cost_nothing(
@@ -134,10 +120,6 @@ def test_hanging_ranks_and_a_full_memory_are_named_and_cost_nothing(
     assert steps[:32] == same[:32], "up to the last checkpoint before the budget was halved"
     assert [step["order"] for step in steps] == [step["order"] for step in same]
     assert alive(workers) == []
-
-
-def planted_path() -> str:
-    return os.pathsep.join(filter(None, [str(Path(__file__).parent / "planted"), os.environ.get("PYTHONPATH")]))
 
 
 def test_ctrl_c_saves_and_resume_goes_on_from_the_copy_with_other_workers(

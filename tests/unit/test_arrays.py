@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -100,6 +101,25 @@ def test_the_first_of_two_writers_stays(tmp_path: Path) -> None:
         late.finish()
     assert TokenArrays.open(tmp_path / "key").column("labels").row(0).tolist() == [1]
     assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
+
+
+def test_whoever_opens_a_damaged_folder_while_it_is_rebuilt_finds_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, folder, opened = [[1, 2], [3]], tmp_path / "key", []
+    written(folder, rows)
+    (folder / "labels.values.npy").write_bytes((folder / "labels.values.npy").read_bytes()[:-1] + b"9")
+    replace = Path.replace
+
+    def watched(self: Path, target: Path) -> None:
+        for move in (lambda: None, lambda: replace(self, target)):
+            with contextlib.suppress(OSError) if target == folder else contextlib.nullcontext():
+                move()
+            opened.append(TokenArrays.open(folder).column("labels").row(1).tolist())
+        if target == folder:
+            raise OSError
+
+    monkeypatch.setattr(Path, "replace", watched)
+    assert [written(folder, rows).column("labels").row(index).tolist() for index in (0, 1)] == rows
+    assert opened[0] == [57] and opened[-1] == [3] and len(opened) >= 10
 
 
 def test_a_broken_folder_makes_room(tmp_path: Path) -> None:

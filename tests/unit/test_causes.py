@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
 
-from trainkit.cluster.causes import first_cause
+from trainkit.cluster.causes import first_cause, told_by_a_rank
 from trainkit.errors import CapacityError, DataError, NonFiniteError, OutOfMemory, TrainingError
 from trainkit.runs.folder import RunFolder
 
@@ -159,6 +159,14 @@ def test_a_process_that_was_ended_for_want_of_host_memory_is_named_so(folder: Ru
     cause = first_cause(group, folder, 2, oom_kills=0 if by_ray else 1)
     assert type(cause) is OutOfMemory and "the process of rank 1 was ended after step 3 for want of host memory" in cause.message
     assert (cause.exit_code, cause.facts) == (3, {"rank": 1, "step": 3, "device": "host"})
+
+
+def test_what_a_rank_told_comes_before_what_looks_like_a_hang(folder: RunFolder) -> None:
+    assert told_by_a_rank(folder) is None
+    folder.write_error(0, 3, PEER_LOST, "Traceback")
+    assert told_by_a_rank(folder) is None, "it only says that another one is gone"
+    folder.write_error(1, 3, NonFiniteError("step 4: the loss is not finite", step=4), "Traceback")
+    assert type(told_by_a_rank(folder)) is NonFiniteError
 
 
 def test_workers_that_found_no_place_in_time_are_a_matter_of_capacity(folder: RunFolder) -> None:

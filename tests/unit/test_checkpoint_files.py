@@ -198,6 +198,17 @@ def test_checkpoints_that_do_not_hold_make_room_for_those_saved_anew(run: Path) 
     assert all(path.is_dir() for path in aside), "a person may want to look at them"
 
 
+def test_a_checkpoint_that_was_renamed_or_is_a_link_is_not_taken(run: Path) -> None:
+    newest, *others = complete(run)
+    newest.path.rename(checkpoint_path(run, newest.step + 5))
+    checkpoint_path(run, newest.step + 7).symlink_to(others[0].path)
+    told: list[str] = []
+    found = newest_sound(run, told.append)
+    assert found is not None and found.step == others[0].step
+    (text,) = told
+    assert f"it is that of step {newest.step}: its folder was renamed" in text
+
+
 def test_two_files_that_changed_places_are_found(run: Path) -> None:
     one, other = (checkpoint_path(run, 200) / shard(rank) for rank in range(RANKS))
     held = one.read_bytes()

@@ -14,7 +14,9 @@ import pytest
 from trainkit.data.arrays import TokenArrays, Writer, ragged
 from trainkit.data.batches import Budget
 from trainkit.data.catalogue import SHAPES
-from trainkit.data.distributor import DataDistributor, Feeding, WireStep
+from trainkit.data.distributor import DataDistributor, Feeding
+from trainkit.data.handed import Handed, table
+from trainkit.data.wire import WireStep
 
 TOKENS = Budget(tokens=600)
 
@@ -140,7 +142,61 @@ def test_a_stuck_call_is_named_while_others_are_answered(tmp_path: Path, monkeyp
     distributor.steps("train", 1, 1, 0)
     release.set()
     stuck.join()
-    assert distributor.doing() == "nothing" and distributor.get_progress(0)["steps"] == 2
+    assert distributor.doing() == "idle" and distributor.get_progress(0)["steps"] == 2
+
+
+def test_steps_that_are_asked_for_once_more_are_counted_once(tmp_path: Path) -> None:
+    distributor = DataDistributor({"train": feeding_of(tmp_path / "a", 75, world_size=2)})
+    for first, count in ((5, 4), (1, 4), (3, 4), (1, 8)):  # calls that are answered in another order, a restarted rank
+        distributor.steps("train", first, count, 0)
+    distributor.steps("train", 1, 3, 1)
+    ahead, behind = distributor.get_progress(0), distributor.get_progress(1)
+    assert (ahead["steps"], ahead["last_step"], ahead["steps_behind"], ahead["slowest_rank"]) == (8, 8, 0, 1)
+    assert (behind["steps"], behind["last_step"], behind["steps_behind"], behind["slowest_rank"]) == (3, 3, 5, 1)
+    mine = [steps_of(distributor.feedings["train"], step)[0] for step in range(1, 9)]
+    assert ahead["samples"] == sum(len(micro.sample_ids) for step in mine for micro in step.micro_batches)
+    distributor.steps("train", 501, 2, 0)
+    resumed = distributor.get_progress(0)
+    assert (resumed["steps"], resumed["last_step"]) == (10, 502)
+
+
+def test_a_rank_that_was_handed_nothing_is_behind_all_others(tmp_path: Path) -> None:
+    distributor = DataDistributor({"train": feeding_of(tmp_path / "a", 75, world_size=2)})
+    distributor.steps("train", 1, 4, 0)
+    assert distributor.get_progress(1) == {
+        "rank": 1, "steps": 0, "last_step": 0, "samples": 0, "samples_per_second": 0.0, "steps_behind": 4, "slowest_rank": 1
+    }  # fmt: skip
+
+
+def test_who_is_behind_is_said_only_when_somebody_is(tmp_path: Path) -> None:
+    distributor = DataDistributor({"train": feeding_of(tmp_path / "a", 75, world_size=2)})
+    distributor.steps("train", 1, 4, 0)
+    distributor.steps("train", 1, 4, 1)
+    assert distributor.doing() == "idle"
+    distributor.steps("train", 5, 4, 0)
+    assert distributor.doing() == "idle; rank 1 is furthest behind: it was handed train steps up to 4, others up to 8"
+
+
+def test_the_table_of_the_ranks_names_the_slowest() -> None:
+    one = Handed(samples=1920, pieces=[range(1, 121)], since=0.0, last=10.0)
+    lines = table({1: replace(one, pieces=[range(1, 119)], samples=1888), 0: one}).splitlines()
+    assert [line.split() for line in lines[1:]] == [["0", "120", "1,920", "192.0", "0"], ["1", "118", "1,888", "188.8", "2", "slowest"]]
+    assert table({0: one, 1: replace(one, last=11.0)}).splitlines()[2].endswith("slowest"), "of those equally far, who took longest"
+    assert "slowest" not in table({0: one})
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_one_giant_row_arrives_whole_and_alone(tmp_path: Path, world: int) -> None:
+    lengths = [20] * 15 + [5000] + [20] * 16
+    with Writer(tmp_path / "a") as writer:
+        rows = [[3] * length for length in lengths]
+        writer.append({"input_ids": ragged(rows), "labels": ragged(rows)}, np.array(lengths))
+        writer.finish()
+    feeding = Feeding(str(tmp_path / "a"), "causal", 0, 16, world, Budget(tokens=512), shuffle=True)
+    ranks = [rank for step in (1, 2) for rank in steps_of(feeding, step)]
+    (giant,) = [micro for rank in ranks for micro in rank.micro_batches if 15 in micro.sample_ids]
+    assert ids_of(ranks) == list(range(32)) and giant.sample_ids.tolist() == [15] and giant.columns["input_ids"][1].tolist() == [5000]
+    assert all(micro.shape.cost <= 512 for rank in ranks for micro in rank.micro_batches if micro is not giant)
 
 
 def test_a_call_ends_at_its_bytes_with_at_least_one_step(tmp_path: Path) -> None:

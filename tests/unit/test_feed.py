@@ -9,8 +9,8 @@ import torch
 
 from trainkit.data import feed as feeds
 from trainkit.data.batches import Shape
-from trainkit.data.distributor import WireCall, WireMicroBatch
 from trainkit.data.feed import Feed, Padding, Source, rectangle
+from trainkit.data.wire import WireCall, WireMicroBatch
 from trainkit.errors import DataError, TrainingError
 
 CPU = torch.device("cpu")

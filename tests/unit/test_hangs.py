@@ -117,7 +117,7 @@ def test_a_heart_measures_the_pieces_of_steps_after_the_first(tmp_path: Path, mo
         heart.begins(step, piece, in_step=piece in ("forward", "update"))
         longest.append(heart.place[-1])
         now += seconds
-    assert longest == [0, 0, 0, 0, 2, 5, 5, 5]
+    assert longest == [0, 0, 0, 60, 3, 5, 60, 5], "the most of any piece after the first step, and of its own kind"
 
 
 def test_an_export_takes_what_it_takes() -> None:
@@ -125,6 +125,16 @@ def test_an_export_takes_what_it_takes() -> None:
     group.moves(0, 1, in_step=False, piece="exporting the model")
     found = group.stands_still(10 * HANG_SECONDS)
     assert found is not None and not found.hangs and "exporting the model" in found.text()
+
+
+def test_a_long_evaluation_in_which_a_rank_is_silent_for_a_while_goes_on() -> None:
+    group = warm(2)
+    group.moves(0, 1, in_step=False, piece="evaluating")
+    group.stands_still(5 * HANG_SECONDS)
+    found = group.stands_still(NOTICE_SECONDS + 5, silent=(1,))
+    assert found is not None and found.silent and not found.hangs and found.seconds < HANG_SECONDS
+    found = group.stands_still(HANG_SECONDS, silent=(1,))
+    assert found is not None and found.hangs and found.sign.rank == 1
 
 
 def test_a_folder_that_stands_still_hangs_nobody() -> None:

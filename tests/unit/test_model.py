@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file
 
 from trainkit.data.batches import Shape
-from trainkit.data.distributor import WireMicroBatch
 from trainkit.data.feed import MicroBatch, Padding
+from trainkit.data.wire import WireMicroBatch
 from trainkit.errors import DataError
 from trainkit.recipe.schema import Recipe
 from trainkit.training.model import TASKS, build_model, check_packing, load_config, model_facts, write_first_weights

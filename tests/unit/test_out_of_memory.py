@@ -41,7 +41,7 @@ def test_an_allocation_of_torch_that_the_host_cannot_serve_is_one(plan: Plan) ->
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     told = out_of_memory(caught.value, plan, torch.device("cpu"), 1, 5, "forward and backward of micro-batch 2 of 4")
-    assert told is not None and told.exit_code == 3 and told.facts == {"rank": 1, "step": 5, "device": "host"}
+    assert told is not None and told.exit_code == 3 and told.facts == {"rank": 1, "step": 5, "device": "host", "in_micro_batches": True}
     first, planned, measured, way_out = told.message.splitlines()
     assert first.startswith("step 5: rank 1 ran out of host memory in forward and backward of micro-batch 2 of 4: ")
     assert planned.startswith("  the plan: ") and measured.startswith("  measured: this process holds ")
@@ -57,9 +57,12 @@ def test_the_plan_is_told_by_category(plan: Plan) -> None:
 
 
 def test_where_nothing_is_left_to_halve_other_ways_are_named(plan: Plan) -> None:
-    least = replace(plan, tokens_per_device=None, samples_per_device=1)
-    told = out_of_memory(MemoryError(), least, torch.device("cpu"), 0, 1, "evaluating")
-    assert told is not None and "halve_on_oom" not in told.message and "model.gradient_checkpointing: true" in told.message
+    least = replace(plan, accumulation=plan.samples_per_step)
+    for told in (
+        out_of_memory(MemoryError(), least, torch.device("cpu"), 0, 1, "evaluating"),
+        out_of_memory(MemoryError(), plan, torch.device("cpu"), 0, 1, "building the engine", in_micro_batches=False),
+    ):
+        assert told is not None and "halve_on_oom" not in told.message and "model.gradient_checkpointing: true" in told.message
 
 
 def test_another_error_is_not_touched(plan: Plan) -> None:

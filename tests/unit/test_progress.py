@@ -3,13 +3,51 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from trainkit.cluster.launch import _ranks_told
 from trainkit.cluster.progress import LiveLine, PlainLines, View, Watch, counter, display
+from trainkit.data.handed import Handed
+from trainkit.errors import TrainingError
 from trainkit.runs.folder import RunFolder, StepLog
+
+
+class FakeDistributors:
+    def __init__(self, ranks: dict[int, Handed] | None) -> None:
+        self.ranks = ranks
+
+    def handed_to(self, split: str, timeout: float) -> dict[int, Handed]:
+        if self.ranks is None:
+            raise ConnectionError("the cluster is gone")
+        return self.ranks
+
+
+def told(ranks: dict[int, Handed] | None, end: BaseException | None, verbose: bool = True) -> list[str]:
+    said: list[str] = []
+    asked: Any = SimpleNamespace(verbose=verbose, say=said.append, plan=SimpleNamespace(world_size=2))
+    distributors: Any = FakeDistributors(ranks)
+    with nullcontext() if end is None else pytest.raises(type(end), match=str(end)), _ranks_told(asked, distributors):
+        if end is not None:
+            raise end
+    return said
+
+
+def test_verbose_tells_how_far_each_rank_was_fed_also_when_the_attempt_failed() -> None:
+    ranks = {0: Handed(samples=64, pieces=[range(1, 9)], since=0.0, last=2.0)}
+    for end in (None, TrainingError("rank 1 died")):
+        (text,) = told(ranks, end)
+        _, _, one, other = text.splitlines()
+        assert one.split() == ["0", "8", "64", "32.0", "0"] and other.split() == ["1", "0", "0", "0.0", "8", "slowest"]
+        assert told({}, end) == ["the DataDistributor does not answer"]
+        assert told(None, end) == [], "a cluster that is gone hides nothing"
+        assert told(ranks, end, verbose=False) == []
+    assert told(ranks, KeyboardInterrupt("at once")) == []
 
 
 class Clock:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from trainkit.cluster.driver import _Run
 from trainkit.cluster.resume import LAYOUT, check_unfinished, resumed_recipe, run_to_resume
-from trainkit.errors import UsageError
+from trainkit.data.tokens import Prepared
+from trainkit.errors import DataError, UsageError
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
+from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import RunFolder
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
@@ -278,3 +283,16 @@ def test_a_run_that_did_not_complete_goes_on_even_after_its_last_step(storage: P
     if status is not None:
         folder.write_summary({"status": status, "steps": 470})
     check_unfinished(folder, 470)
+
+
+def test_a_run_does_not_go_on_over_rows_that_changed_under_the_same_name(tmp_path: Path) -> None:
+    run = SimpleNamespace(folder=RunFolder(tmp_path / "it"))
+    checkpoint = Checkpoint(tmp_path / "it" / "checkpoints" / "step-000004")
+    checkpoint.path.mkdir(parents=True)
+    (checkpoint.path / "state.json").write_text('{"data": "key-of-the-old-rows"}')
+    check = partial(_Run._check_data, cast(_Run, run))
+    check(Prepared(train="tokens/key-of-the-old-rows", eval=None, label_names=None), checkpoint)
+    changed = Prepared(train="tokens/key-of-the-new-rows", eval=None, label_names=None)
+    check(changed, None)
+    with pytest.raises(DataError, match=r"data\.train: .*it was begun with other rows or another tokenizer.*begin a new run"):
+        check(changed, checkpoint)

@@ -312,6 +312,15 @@ def test_an_empty_set_is_an_error(load: Load, tmp_path: Path, name: str, content
         load(path=str(tmp_path / name))
 
 
+def test_an_empty_evaluation_set_is_an_error(recipe: Load, tmp_path: Path) -> None:
+    write(tmp_path / "d" / "train.jsonl", "1")
+    write(tmp_path / "d" / "validation.jsonl")
+    with pytest.raises(DataError, match=r"data\.eval: the data set is empty"):
+        load_rows(recipe(path=str(tmp_path / "d"), eval="validation"))
+    with pytest.raises(DataError, match=r"data\.eval: 'train\[1:\]' of 1 rows"):
+        load_rows(recipe(path=str(tmp_path / "d"), eval="train[1:]"))
+
+
 def test_a_parquet_file_without_rows_is_empty_each_time(load: Load, tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"q": ["a"]}).select([]).to_parquet(tmp_path / "x.parquet")
     for _ in range(2):

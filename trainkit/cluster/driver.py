@@ -21,19 +21,19 @@ from trainkit.cluster.decision import Decision, decide
 from trainkit.cluster.faults import Allowed, Failure
 from trainkit.cluster.faults import decide as decide_what_to_do
 from trainkit.cluster.launch import Launch, launch
-from trainkit.cluster.progress import counter, display
+from trainkit.cluster.progress import View, counter, display
 from trainkit.cluster.resume import check_unfinished, resumed_recipe, run_to_resume
 from trainkit.cluster.session import cluster_address, environment, environment_settings, ray_session
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
-from trainkit.errors import DataError, Interrupted, TrainkitError, UsageError
+from trainkit.errors import DataError, Interrupted, TrainingError, TrainkitError, UsageError
 from trainkit.planning.planner import Plan, halved
 from trainkit.planning.show import batch_equation, plan_text
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import checkpoints, copying
 from trainkit.runs.checkpoints import Checkpoint
-from trainkit.runs.folder import PREDECESSOR_SECONDS, RunFolder, check_storage
+from trainkit.runs.folder import LEASE_SECONDS, PREDECESSOR_SECONDS, RunFolder, check_storage
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _Run:
         steps = self.folder.read_steps()
         self.failures.append(Failure.of(error, 0 if checkpoint is None else checkpoint.step, steps[-1]["step"] if steps else 0))
         self.folder.append_failure(asdict(self.failures[-1]))
-        verdict = decide_what_to_do(self.failures, self._allowed())
+        verdict = decide_what_to_do(self.failures, self._allowed(error))
         if self.signals.taken or not verdict.again:
             raise error from failure
         self.restarts += 1
@@ -168,11 +168,11 @@ class _Run:
         self.most_workers = self.plan.world_size - 1 if verdict.shrink else None
         self._say(f"{error.message}\n{verdict.why}", "yellow")
 
-    def _allowed(self) -> Allowed:
+    def _allowed(self, error: TrainkitError) -> Allowed:
         workers = self.recipe.scaling.num_workers
         return Allowed(
             self.recipe.run.max_failures,
-            halve=self.recipe.train.halve_on_oom and halved(self.plan) is not None,
+            halve=self.recipe.train.halve_on_oom and bool(error.facts.get("in_micro_batches")) and halved(self.plan) is not None,
             shrink=isinstance(workers, list) and self.plan.world_size > workers[0],
         )
 
@@ -190,11 +190,14 @@ class _Run:
 
     def _checkpoint(self) -> Checkpoint | None:
         """The newest one that holds, once nobody writes there any more."""
-        self.folder.lock("rank-0", wait_seconds=PREDECESSOR_SECONDS).release()
+        self._wait_for_rank_0()
         checkpoints.clear_incomplete(self.folder.path)
-        sound = checkpoints.newest_sound(self.folder.path, lambda text: self._say(text, "yellow"))
+        broken: list[str] = []
+        sound = checkpoints.newest_sound(self.folder.path, broken.append)
+        for text in broken:
+            self._say(text, "yellow")
         url = self.recipe.run.copy_checkpoints_to
-        if url is not None and not self.failures:  # of this command: its own are as new
+        if url is not None and (broken or not self.failures):  # after a failure of this command its own are as new, if they hold
             sound = copying.newest(url, self.folder.path, sound, lambda text: self._say(text, "yellow"))
         if sound is None and checkpoints.complete(self.folder.path):
             raise UsageError(
@@ -203,6 +206,16 @@ class _Run:
         for path in checkpoints.set_aside(self.folder.path, after=sound.step) if sound is not None else ():
             self._say(f"it is kept as {path}", "yellow")
         return sound
+
+    def _wait_for_rank_0(self) -> None:
+        """Of an attempt before. The locks of a node that died are held by the file server until it gives them up."""
+        gone = bool(self.failures) and self.address is not None
+        try:
+            self.folder.lock("rank-0", wait_seconds=LEASE_SECONDS if gone else PREDECESSOR_SECONDS).release()
+        except UsageError as error:
+            if not self.failures:
+                raise
+            raise TrainingError(f"{error.message}. The workers could not be started again: --resume later") from None
 
     def _check_data(self, prepared: Any, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
@@ -221,8 +234,11 @@ class _Run:
     def _prepare(self) -> Any:
         from trainkit.data.tokens import prepare
 
+        waits = "waiting for another run, which tokenizes the same rows,"
         with display(self.console) as shown:
-            prepared = prepare(self.recipe, counter(shown, "tokenizing", "row"), self._spread())
+            prepared = prepare(
+                self.recipe, counter(shown, "tokenizing", "row"), self._spread(), lambda seconds: shown.show(View(waits, seconds))
+            )
         for note in prepared.notes:
             self._say(note, "yellow")
         return prepared

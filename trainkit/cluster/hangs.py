@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import threading
 import time
@@ -41,7 +42,7 @@ class Sign:
     pieces: int  # begun since the start of the attempt
     piece: str  # of work: "forward and backward of micro-batch 3", "evaluating"
     in_step: bool  # a computation of an optimizer step: those take about equally long, step after step; others take what they take
-    longest: float  # seconds of such a piece so far, those of the first step left out; 0 before the second
+    longest: float  # seconds that pieces of this kind, or any after the first step, have taken; 0: nothing is known yet
     line: str  # of Python that the main thread is in
     waits: bool  # in a collective
 
@@ -53,18 +54,24 @@ class Heart:
         self.path, self.rank = _path(folder, rank), rank
         self.place: tuple[int, int, str, bool, float] = (0, 0, "starting", False, 0.0)  # step, pieces, piece, in_step, longest
         self.since, self.first_step = time.monotonic(), -1
+        self.longest, self.of_kind = (
+            0.0,
+            dict[str, float](),
+        )  # seconds of the pieces of steps after the first, and of each kind in all steps
         self.stopped, self.main = threading.Event(), threading.get_ident()
         self.thread = threading.Thread(target=self._beat, name="heart", daemon=True)
 
     def begins(self, step: int, piece: str, in_step: bool = True) -> None:
         """Called by the main thread at the beginning of every piece of work."""
-        now, (before, pieces, _, was_in_step, longest) = time.monotonic(), self.place
-        if was_in_step and before > self.first_step:
-            longest = max(longest, now - self.since)
+        now, (before, pieces, ended, was_in_step, _) = time.monotonic(), self.place
+        if was_in_step:
+            seconds, kind = now - self.since, _kind(ended)
+            self.of_kind[kind] = max(self.of_kind.get(kind, 0.0), seconds)
+            self.longest = max(self.longest, seconds if before > self.first_step else 0.0)
         if in_step and self.first_step < 0:
             self.first_step = step
         self.since = now
-        self.place = step, pieces + 1, piece, in_step, longest
+        self.place = step, pieces + 1, piece, in_step, max(self.longest, self.of_kind.get(_kind(piece), 0.0))
 
     def start(self) -> None:
         self.thread.start()
@@ -152,15 +159,12 @@ class Stillnesses:
             return None
         silent = [rank for rank in self.last if now - self.alive[rank] > NOTICE_SECONDS]
         behind = min(self.last.values(), key=lambda sign: (sign.rank not in silent, sign.pieces, sign.waits, sign.rank))
-        longest = max(sign.longest for sign in self.last.values())
-        limit = max(HANG_SECONDS, PATIENCE * longest) if longest else FIRST_STEP_SECONDS
-        if len(silent) == self.world_size:  # for all that is known the folder stands still, to which all write
-            limit = float("inf")
-        elif silent:
-            limit = HANG_SECONDS
-        elif not behind.in_step:
-            limit = float("inf")
-        return Stillness(behind, seconds, silent=bool(silent), hangs=seconds > limit)
+        if silent:
+            seconds = now - self.alive[behind.rank]
+            every = len(silent) == self.world_size  # for all that is known the folder stands still, to which all write
+            return Stillness(behind, seconds, silent=True, hangs=seconds > HANG_SECONDS and not every)
+        limit = max(HANG_SECONDS, PATIENCE * behind.longest) if behind.longest else FIRST_STEP_SECONDS
+        return Stillness(behind, seconds, silent=False, hangs=seconds > limit and behind.in_step)
 
 
 def _standing(frame: FrameType | None) -> tuple[str, bool]:
@@ -178,6 +182,10 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _kind(piece: str) -> str:
+    return re.sub(r"\d+", "", piece)
 
 
 def _path(folder: RunFolder, rank: int) -> Path:

@@ -18,20 +18,31 @@ from typing import TYPE_CHECKING, Any
 from trainkit.cluster.capacity import Node, worker_nodes, worker_resources
 from trainkit.cluster.hangs import Stillnesses, signs
 from trainkit.cluster.progress import Display, View, Watch
-from trainkit.cluster.session import check_head, draining_nodes, environment, environment_settings, head_processes, ray_session
+from trainkit.cluster.session import (
+    check_head,
+    draining_nodes,
+    environment,
+    environment_settings,
+    head_processes,
+    living_nodes,
+    ray_session,
+)
 from trainkit.cluster.signals import Signals
-from trainkit.errors import UsageError
+from trainkit.errors import CapacityError, UsageError
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import RunFolder
 
 if TYPE_CHECKING:
+    from trainkit.data.distributor import Distributors
     from trainkit.data.tokens import Prepared
 
 _COLLECTIVE_SECONDS = 1800  # longer than the slowest export or build of an operator: a rank that failed is noticed by Ray, not by this
 _LOOK_SECONDS = 0.2
 _NOTICE_SECONDS = 2.0
+_REPLACEMENT_SECONDS = 120.0  # for which a restart waits for nodes
+_TELL_SECONDS = 2.0  # for all actors together
 
 
 @dataclass(frozen=True)
@@ -58,10 +69,15 @@ def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[],
     """
     settings = environment_settings(asked.recipe, local=asked.address is None)
     with environment(settings), _quiet(asked), ray_session(asked.address, settings, asked.verbose, signals) as nodes:
+        from trainkit.data.distributor import make_distributors
+
+        nodes = _enough(nodes, asked)
         asked = replace(asked, plan=asked.plan_on(nodes))
-        _build_operators(worker_nodes(nodes, asked.recipe.scaling, asked.plan.world_size), asked, display)
-        trainer = _trainer(asked)
-        with signals.softly(stop):
+        nodes = worker_nodes(nodes, asked.recipe.scaling, asked.plan.world_size)
+        _build_operators(nodes, asked, display)
+        distributors = make_distributors(_feedings(asked), [node.id for node in nodes])
+        trainer = _trainer(asked, distributors)
+        with signals.softly(stop), _ranks_told(asked, distributors):
             return _fit(trainer, asked, display)
 
 
@@ -73,6 +89,19 @@ def _quiet(asked: Launch) -> Iterator[None]:
         return
     with (asked.folder.ray / "output.log").open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         yield
+
+
+def _enough(nodes: list[Node], asked: Launch) -> list[Node]:
+    """The cluster's nodes, after a restart waited for: one that died may come back, or be replaced."""
+    deadline = time.monotonic() + _REPLACEMENT_SECONDS
+    while asked.attempt > 1 and asked.address is not None and time.monotonic() < deadline:
+        try:
+            asked.plan_on(nodes)
+            break
+        except CapacityError:
+            time.sleep(_NOTICE_SECONDS)
+            nodes = living_nodes()
+    return nodes
 
 
 def _build_operators(nodes: Sequence[Node], asked: Launch, display: Display) -> None:
@@ -124,7 +153,29 @@ def _check_built(task: Any, node: Node, names: Sequence[str], log: Path) -> None
         )
 
 
-def _trainer(asked: Launch) -> Any:
+@contextlib.contextmanager
+def _ranks_told(asked: Launch, distributors: Distributors) -> Iterator[None]:
+    """With --verbose, how far each rank was fed, also in an attempt that failed; an interrupted one ends at once."""
+    try:
+        yield
+    except Exception:
+        _tell_ranks(asked, distributors)
+        raise
+    _tell_ranks(asked, distributors)
+
+
+def _tell_ranks(asked: Launch, distributors: Distributors) -> None:
+    from trainkit.data.handed import Handed, table
+
+    if not asked.verbose:
+        return
+    with contextlib.suppress(Exception):  # whatever a dying cluster raises: what ended the attempt is told
+        ranks = distributors.handed_to("train", _TELL_SECONDS)
+        never = {rank: Handed() for rank in range(asked.plan.world_size)}
+        asked.say(f"handed out by the DataDistributor:\n{table(never | ranks)}" if ranks else "the DataDistributor does not answer")
+
+
+def _trainer(asked: Launch, distributors: Distributors) -> Any:
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -132,7 +183,7 @@ def _trainer(asked: Launch) -> Any:
 
     return TorchTrainer(
         _on_worker(run_worker),
-        train_loop_config={"job": _job(asked)},
+        train_loop_config={"job": _job(asked, distributors)},
         scaling_config=_scaling_config(asked),
         run_config=RunConfig(
             name=f"attempt-{asked.attempt}",
@@ -169,11 +220,9 @@ def _on_worker(run_worker: Any) -> Any:
     return train_loop
 
 
-def _job(asked: Launch) -> Any:
+def _job(asked: Launch, distributors: Distributors) -> Any:
     from trainkit.cluster.worker import Job
-    from trainkit.data.distributor import make_distributors
 
-    feedings = _feedings(asked)
     eval_rows = asked.plan.eval_rows or 0
     return Job(
         recipe=asked.recipe,
@@ -181,8 +230,8 @@ def _job(asked: Launch) -> Any:
         run_folder=str(asked.folder.path),
         prepared=asked.prepared,
         first_weights=None if asked.first_weights is None else str(asked.first_weights),
-        distributors=make_distributors(feedings),
-        eval_steps=-(-eval_rows // asked.plan.samples_per_step) if "eval" in feedings else 0,
+        distributors=distributors,
+        eval_steps=-(-eval_rows // asked.plan.samples_per_step) if asked.prepared.eval is not None else 0,
         attempt=asked.attempt,
         checkpoint=asked.checkpoint,
     )
@@ -218,13 +267,15 @@ def _fit(trainer: Any, asked: Launch, display: Display) -> dict[str, Any]:
             ended.set()
 
     threading.Thread(target=fit, name="fit", daemon=True).start()
+    from trainkit.cluster.causes import told_by_a_rank
+
     watch, head, notices = Watch(asked.folder, asked.plan.total_steps), head_processes(), _Notices(asked)
     stillnesses = Stillnesses(asked.plan.world_size, lambda: signs(asked.folder, asked.plan.world_size))
     with display:
         while not ended.wait(_LOOK_SECONDS):
             still = stillnesses.look()
             if still is not None and still.hangs:
-                raise still.error()
+                raise told_by_a_rank(asked.folder) or still.error()
             display.show(watch.look() if still is None else View(f"{still.text()},", still.seconds))
             check_head(head)
             notices.look()

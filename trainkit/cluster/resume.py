@@ -58,6 +58,7 @@ def resumed_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
         before.batch.tokens_per_device == recipe.batch.tokens_per_device == "auto"
         and recipe.batch.samples_per_device is None
         and budget
+        and isinstance(recipe.scaling.num_workers, int)  # an elastic run plans anew for the workers that it finds
         and _layout(before) == _layout(recipe)
     ):
         return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"tokens_per_device": budget})})

@@ -119,12 +119,7 @@ def ray_session(address: str | None, settings: dict[str, str], verbose: bool, si
         else:
             _join(address, settings, verbose)
         signals.install()
-        leaving = draining_nodes()
-        yield [
-            Node(node["Resources"], node["Labels"], name=f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", id=node["NodeID"])
-            for node in ray.nodes()
-            if node["Alive"] and node["NodeID"] not in leaving
-        ]
+        yield living_nodes()
     finally:
         with signals.ignored():
             ours = [process for process in psutil.Process().children(recursive=True) if process not in already]
@@ -145,6 +140,18 @@ def _join(address: str, settings: dict[str, str], verbose: bool) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"--address {address}: no Ray cluster can be joined: {reason}") from None
+
+
+def living_nodes() -> list[Node]:
+    """Of the joined or started Ray, without those that will go away."""
+    import ray
+
+    leaving = draining_nodes()
+    return [
+        Node(node["Resources"], node["Labels"], name=f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", id=node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in leaving
+    ]
 
 
 def draining_nodes() -> set[str]:

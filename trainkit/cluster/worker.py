@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 
 from trainkit.cluster.hangs import Heart
-from trainkit.data.distributor import Distributors, WireCall, said
+from trainkit.data.distributor import Distributors, said
 from trainkit.data.encoding import DEFAULT_LENGTH
 from trainkit.data.feed import CALL_BYTES, Feed, MicroBatch, Padding, Source
 from trainkit.data.order import chain, epoch_of_step
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer
-from trainkit.errors import OutOfMemory
+from trainkit.data.wire import WireCall
+from trainkit.errors import OutOfMemory, TrainingError
 from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
 from trainkit.inference.export import export_model, link_model
 from trainkit.inference.predict import Rank, load_plain
@@ -45,6 +46,7 @@ from trainkit.training.model import build_model, check_packing
 from trainkit.training.out_of_memory import out_of_memory
 
 _ANSWER_SECONDS = 5
+_EVALUATING = "evaluating"
 _COPY_SECONDS = 1.0  # between two looks at the copy of the last checkpoint
 
 
@@ -112,6 +114,7 @@ class Worker:
         if job.checkpoint is not None:
             self.copier.offer(self.step)  # an attempt before may have ended in the middle of its copy
         self.saver = Saver(self.folder.path, str(job.attempt), job.recipe.train.save_total_limit, self.copier.offer)
+        self.best_saved: int | None = self.begin.best_step  # by the last checkpoint, which may not be complete yet
         self.examples: dict[int, list[dict[str, str]]] = {}  # by the step of their evaluation
 
     def run(self) -> dict[str, Any] | None:
@@ -162,7 +165,7 @@ class Worker:
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """The loss over the whole evaluation set, and the metrics. At the end metrics come from model/, unless they choose the best."""
-        self.phase("evaluating")
+        self.phase(_EVALUATING)
         values = evaluate_loss(engine, self.feeds["eval"], self.job.eval_steps)
         decides = self.recipe.train.metric_for_best_model not in (None, "loss") or not self.loads_whole
         if self.recipe.train.metrics and (decides or step < self.plan.total_steps):
@@ -192,12 +195,17 @@ class Worker:
         self.phase("keeping the best model")
         self.export(engine, self.best(step))
         if self.rank == 0:
-            named = {read_state(checkpoint)["outcome"]["best_step"] for checkpoint in checkpoints.complete(self.folder.path)}
-            for other in self.folder.path.glob(".best-*"):
-                if other not in [self.best(kept) for kept in (named | {step}) - {None}]:
-                    shutil.rmtree(other)
+            kept = {self.best(named) for named in {step, self.best_saved, *self.best_named()} - {None}}
+            for other in set(self.folder.path.glob(".best-*")) - kept:
+                shutil.rmtree(other)
 
-    def best(self, step: int) -> Path:
+    def best_named(self) -> Iterator[int | None]:
+        """By complete checkpoints; one of them may just be removed."""
+        for checkpoint in checkpoints.complete(self.folder.path):
+            with contextlib.suppress(TrainingError):
+                yield read_state(checkpoint)["outcome"]["best_step"]
+
+    def best(self, step: int | None) -> Path:
         return self.folder.path / f".best-{step}"
 
     def stop_requested(self) -> bool:
@@ -209,6 +217,7 @@ class Worker:
         self.folder.begin_save()
         if self.log is not None:
             self.log.sync()  # a checkpoint must not outlive its steps
+        self.best_saved = outcome.best_step
         stall = self.saver.save(engine, outcome.steps, self.state(outcome), outcome.best_step)
         self.board.checkpoint(outcome.steps, stall)
         self.phase("training")
@@ -292,11 +301,10 @@ class Worker:
             self.folder.write_phase(text)
 
     def as_out_of_memory(self, error: BaseException) -> OutOfMemory | None:
-        step, _, piece, *_ = self.heart.place
-        return out_of_memory(error, self.plan, self.device, self.rank, step, piece)
+        step, _, piece, in_step, _ = self.heart.place
+        return out_of_memory(error, self.plan, self.device, self.rank, step, piece, in_micro_batches=in_step or piece == _EVALUATING)
 
     def close(self) -> None:
-        self.heart.stop()
         self.saver.close()
         self.copier.close()
         for feed in self.feeds.values():
@@ -306,6 +314,7 @@ class Worker:
         if self.lock is not None:
             self.lock.release()
         self.board.close()
+        self.heart.stop()  # last: what is still being written is no hang
 
     def _feed(self, split: str, last_step: int) -> Feed:
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id

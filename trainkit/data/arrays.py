@@ -10,11 +10,14 @@ Neither reading nor writing needs memory in proportion to the rows.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shutil
+import time
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -24,6 +27,7 @@ import numpy as np
 
 _LONG = 64  # mean length from which rows are copied one by one: below, finding them all at once is faster
 _PIECE = 1 << 22  # values or bytes that are converted or checked at once
+_LOOK_SECONDS = 0.2
 
 
 class Ragged:
@@ -116,6 +120,36 @@ def crc32_of(path: Path) -> int:
     return crc
 
 
+@contextlib.contextmanager
+def alone_at(folder: Path, waiting: Callable[[float], None]) -> Iterator[None]:
+    """No other process is here for the same folder; what dead ones began beside it is removed. `waiting(seconds)` is called meanwhile.
+
+    The lock goes with its process, however that ends: what lies beside the folder while nobody holds the lock belongs to nobody.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("a") as lock:
+        began = time.monotonic()
+        while not _taken(lock):
+            waiting(time.monotonic() - began)
+            time.sleep(_LOOK_SECONDS)
+        for left in leftovers(folder):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Unfinished arrays for this folder: those of a process that writes them now, or of one that died."""
+    return list(folder.parent.glob(f".{folder.name}-*"))
+
+
+def _taken(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 class Writer:
     """Writes token arrays row by row with memory for one chunk, beside their place; `finish` moves them there.
 
@@ -154,7 +188,7 @@ class Writer:
             self.sums[name] += int(number)
 
     def finish(self, **remembered: Any) -> None:
-        """Convert, write the manifest last, and move the folder to its place; one that is complete there already stays."""
+        """Convert, write the manifest last, and move all to its place; arrays that are complete there already stay."""
         for stream in self.streams.values():
             stream.close()
         tokens = {}
@@ -194,14 +228,13 @@ class Writer:
         return count
 
     def _move(self) -> None:
+        """In one step; over a folder that lies there file by file, so that whoever opens it meanwhile finds every name."""
         try:
             self.work.replace(self.target)
-        except OSError:  # something lies there: if complete, it is as good as this; if not, it makes room
+        except OSError:  # something lies there: if complete, it is as good as this
             if not holds(self.target):
-                broken = _beside(self.target)
-                self.target.replace(broken)
-                self.work.replace(self.target)
-                shutil.rmtree(broken, ignore_errors=True)
+                for path in sorted(self.work.iterdir(), key=lambda path: path.name == "manifest.json"):
+                    path.replace(self.target / path.name)
 
 
 def _beside(folder: Path) -> Path:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,7 +79,16 @@ _taken: list[Encoder] = []  # of a process of the pool
 def _take(encoder: Encoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends the pool
+    threading.Thread(target=_end_with_the_driver, daemon=True).start()
     _taken.append(encoder)
+
+
+def _end_with_the_driver() -> None:
+    """A driver that was killed ends no pool, whose processes would wait for work for ever."""
+    driver = parent_process()
+    assert driver is not None
+    driver.join()
+    os._exit(1)
 
 
 def _chunk(first: int, count: int) -> Chunk:

@@ -1,8 +1,8 @@
 """The DataDistributor: one actor that cuts every optimizer step into micro-batches and hands each rank its share.
 
 It holds no position. A call names the steps it wants, and the answer is a pure function of (data, seed, step, world size), so a
-restarted actor can neither replay nor skip; what it remembers is only what it tells people. On the wire rows are ragged, all of a call
-end to end, in the smallest integer type that holds them; padding happens at the worker (feed.py).
+restarted actor can neither replay nor skip; what it remembers is only what it tells people (handed.py). Rows travel ragged (wire.py);
+padding happens at the worker (feed.py).
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from trainkit.data.batches import Budget, Part, Shape, compose, deal
+from trainkit.data.batches import Budget, Part, compose, deal
 from trainkit.data.catalogue import Catalogues
+from trainkit.data.handed import Handed, furthest, lag, slowest
 from trainkit.data.order import epoch_of_step, samples_of_step
 from trainkit.data.packing import pack
 from trainkit.data.tokens import TokenArrays
+from trainkit.data.wire import WireCall, narrow
 from trainkit.units import format_seconds
 
 _ROWS_OF_CATALOGUE = 65_536  # whose lengths choose the shapes: an order drawn from the whole set
@@ -44,75 +46,6 @@ class Feeding:
     pack_length: int | None = None  # causal: most tokens of a sequence into which several rows are packed; None: one row each
 
 
-@dataclass(frozen=True)
-class WireMicroBatch:
-    """Rows of one micro-batch, ragged: `columns[name] = (values of all rows end to end, length of each row)`."""
-
-    index: int  # among the k micro-batches of the step, over all ranks
-    shape: Shape  # to be padded to
-    sample_ids: np.ndarray
-    columns: dict[str, tuple[np.ndarray, np.ndarray]]
-    packed: np.ndarray | None = None  # rows in each packed sequence
-
-
-@dataclass(frozen=True)
-class WireStep:
-    """One rank's share of an optimizer step, and the numbers of the whole step."""
-
-    step: int
-    epoch: int  # from 0
-    samples: int  # of the whole step
-    label_tokens: int  # N: labels that count, of the whole step over all ranks
-    num_micro_batches: int  # k, over all ranks
-    micro_batches: list[WireMicroBatch]
-
-
-@dataclass(frozen=True)
-class WireCall:
-    """The answer to one call: few arrays, because each costs a message more than its bytes do. `unpack` gives views of them."""
-
-    first: int
-    steps: np.ndarray  # int64 [steps, 5]: epoch, samples, label_tokens, k, micro-batches of this rank
-    micro_batches: np.ndarray  # int64 [micro-batches, 5]: index, samples, and the shape's rows, source, target
-    sample_ids: np.ndarray
-    columns: dict[str, tuple[np.ndarray, np.ndarray]]
-    packed: np.ndarray | None  # rows of every packed sequence; a micro-batch has shape.rows of them
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(values.nbytes + lengths.nbytes for values, lengths in self.columns.values()) + self.sample_ids.nbytes
-
-    def unpack(self) -> list[WireStep]:
-        micro_batches = iter(self._micro_batches())
-        steps = []
-        for step, (epoch, samples, label_tokens, k, mine) in enumerate(self.steps.tolist(), start=self.first):
-            steps.append(WireStep(step, epoch, samples, label_tokens, k, [next(micro_batches) for _ in range(mine)]))
-        return steps
-
-    def _micro_batches(self) -> Iterator[WireMicroBatch]:
-        row = sequence = 0
-        value = dict.fromkeys(self.columns, 0)
-        for index, samples, *shape in self.micro_batches.tolist():
-            columns = {}
-            for name, (values, lengths) in self.columns.items():
-                own = lengths[row : row + samples]
-                end = value[name] + int(own.sum())
-                columns[name], value[name] = (values[value[name] : end], own), end
-            packed = None if self.packed is None else self.packed[sequence : sequence + shape[0]]
-            yield WireMicroBatch(index, Shape(*shape), self.sample_ids[row : row + samples], columns, packed)
-            row, sequence = row + samples, sequence + shape[0]
-
-
-@dataclass
-class Handed:
-    """What a rank has been given of a split, for people to read; a restarted actor counts anew."""
-
-    steps: int = 0
-    samples: int = 0
-    since: float = field(default_factory=time.monotonic)
-    last: float = field(default_factory=time.monotonic)
-
-
 class DataDistributor:
     """A plain class; `make_distributor` makes it a Ray actor. `feedings` maps "train" and "eval" to their rule."""
 
@@ -126,7 +59,7 @@ class DataDistributor:
         kept = min(_STEPS_KEPT, max(64, _SAMPLES_KEPT // largest))
         self.composed, self.composing = functools.lru_cache(kept)(self._compose), threading.Lock()
         self.lock = threading.Lock()
-        self.handed: dict[tuple[str, int], Handed] = {}
+        self.handed: dict[str, dict[int, Handed]] = {split: {} for split in feedings}  # by rank
         self.working_on: dict[int, tuple[str, float]] = {}  # thread to (what, since when)
 
     def steps(self, split: str, first: int, count: int, rank: int, most_bytes: int | None = None) -> WireCall:
@@ -135,9 +68,7 @@ class DataDistributor:
         with self._doing(f"reading {split} step {first} for rank {rank}"):
             call = self._pack(split, first, count, rank, most_bytes)
         with self.lock:
-            handed = self.handed.setdefault((split, rank), Handed(since=began))
-            handed.steps, handed.samples = handed.steps + len(call.steps), handed.samples + len(call.sample_ids)
-            handed.last = time.monotonic()
+            self.handed[split].setdefault(rank, Handed(since=began)).take(call.samples_by_step())
         return call
 
     def manifests(self) -> dict[str, dict[str, Any]]:
@@ -145,25 +76,30 @@ class DataDistributor:
         return {split: arrays.manifest for split, arrays in self.arrays.items()}
 
     def doing(self) -> str:
-        """What the actor is working on now, with since when; a call that waits for a disk is seen here."""
+        """What the actor is working on now, with since when (a call that waits for a disk is seen here), and which rank is behind."""
         with self.lock:
             now = time.monotonic()
-            return "; ".join(f"{what} for {format_seconds(now - since)}" for what, since in self.working_on.values()) or "nothing"
+            working = [f"{what} for {format_seconds(now - since)}" for what, since in self.working_on.values()] or ["idle"]
+            return "; ".join(working + [text for split, ranks in self.handed.items() if (text := lag(split, ranks))])
+
+    def handed_to(self, split: str) -> dict[int, Handed]:
+        """What each rank that asked was handed since this actor started."""
+        with self.lock:
+            return {rank: replace(handed) for rank, handed in self.handed[split].items()}
 
     def get_progress(self, rank: int, split: str = "train") -> dict[str, Any]:
         """What `rank` was handed since this actor started, its rate, and how many steps it is behind the furthest rank."""
-        with self.lock:
-            of_split = {other: handed for (name, other), handed in self.handed.items() if name == split}
-            mine = of_split.get(rank, Handed())
-            steps = {other: handed.steps for other, handed in of_split.items()} | {rank: mine.steps}
-            return {
-                "rank": rank,
-                "steps": mine.steps,
-                "samples": mine.samples,
-                "samples_per_second": mine.samples / max(1e-9, mine.last - mine.since) if mine.steps else 0.0,
-                "steps_behind": max(steps.values()) - mine.steps,
-                "slowest_rank": min(steps, key=lambda other: (steps[other], other)),
-            }
+        ranks = self.handed_to(split)
+        mine = ranks.setdefault(rank, Handed())
+        return {
+            "rank": rank,
+            "steps": mine.steps,
+            "last_step": mine.last_step,
+            "samples": mine.samples,
+            "samples_per_second": mine.samples_per_second,
+            "steps_behind": furthest(ranks) - mine.last_step,
+            "slowest_rank": slowest(ranks),
+        }
 
     @contextlib.contextmanager
     def _doing(self, what: str) -> Iterator[None]:
@@ -230,15 +166,10 @@ class DataDistributor:
             first=first,
             steps=np.array(steps, dtype=np.int64),
             micro_batches=np.array(micro_batches, dtype=np.int64),
-            sample_ids=_narrow(rows),
-            columns={name: (values, _narrow(lengths)) for name, (values, lengths) in gathered.items()},
+            sample_ids=narrow(rows),
+            columns={name: (values, narrow(lengths)) for name, (values, lengths) in gathered.items()},
             packed=np.concatenate(packed) if packed else None,
         )
-
-
-def _narrow(numbers: np.ndarray) -> np.ndarray:
-    """Numbers from 0 in the smallest type that holds them."""
-    return numbers.astype(np.min_scalar_type(int(numbers.max(initial=0))))
 
 
 def make_distributor(feedings: dict[str, Feeding], node_id: str | None = None):  # type: ignore[no-untyped-def]  # ray's handle has no type
@@ -266,6 +197,11 @@ class Distributors:
 
         return self.of_node.get(ray.get_runtime_context().get_node_id(), self.of_driver)
 
+    def handed_to(self, split: str, timeout: float) -> dict[int, Handed]:
+        """What each rank was handed; without those whose actor does not answer in time."""
+        asked = [handle.handed_to.options(concurrency_group=_TALK).remote(split) for handle in (self.of_driver, *self.of_node.values())]
+        return {rank: handed for answer in _answers(asked, timeout).values() for rank, handed in answer.items()}
+
 
 def said(handle: Any, timeout: float) -> str:
     """What an actor is doing; also when it does not say so in time, or is gone."""
@@ -277,24 +213,34 @@ def said(handle: Any, timeout: float) -> str:
         return "does not answer"
 
 
-def make_distributors(feedings: dict[str, Feeding], timeout: float = 60.0) -> Distributors:
-    """One DataDistributor on the driver's node, and one on each other node that sees the same arrays.
+def make_distributors(feedings: dict[str, Feeding], nodes: Iterable[str], timeout: float = 60.0) -> Distributors:
+    """One DataDistributor on the driver's node, and one on each other of `nodes` (ids) that sees the same arrays.
 
     The pure order keeps them coherent without talk. A node that does not answer in `timeout` seconds is served by the driver's.
     """
     import ray
 
     of_driver, here = make_distributor(feedings), ray.get_runtime_context().get_node_id()
-    asked = {node: make_distributor(feedings, node) for node in (node["NodeID"] for node in ray.nodes() if node["Alive"]) if node != here}
-    wanted = ray.get(of_driver.manifests.options(concurrency_group=_TALK).remote())
-    of_node = {}
-    for node, handle in asked.items():
-        try:
-            same = ray.get(handle.manifests.options(concurrency_group=_TALK).remote(), timeout=timeout) == wanted
-        except ray.exceptions.RayError:  # the node sees no such folder, another one, or went away; a timeout is one of them
-            same = False
-        if same:
-            of_node[node] = handle
-        else:
-            ray.kill(handle)
+    of_node = {node: make_distributor(feedings, node) for node in nodes if node != here}
+    asked = {node: _manifests(handle) for node, handle in of_node.items()}
+    wanted = ray.get(_manifests(of_driver))
+    answered = _answers(asked.values(), timeout)
+    for node, answer in asked.items():
+        if answered.get(answer) != wanted:  # the node sees no such folder, or another one, or is too late
+            ray.kill(of_node.pop(node))
     return Distributors(of_driver, of_node)
+
+
+def _manifests(handle: Any) -> Any:
+    return handle.manifests.options(concurrency_group=_TALK).remote()
+
+
+def _answers(asked: Iterable[Any], timeout: float) -> dict[Any, Any]:
+    """What comes within `timeout` seconds, of all together; nothing of an actor that failed or is gone."""
+    import ray
+
+    waiting, answers = list(asked), {}
+    for answer in ray.wait(waiting, num_returns=len(waiting), timeout=timeout)[0] if waiting else []:
+        with contextlib.suppress(ray.exceptions.RayError):
+            answers[answer] = ray.get(answer)
+    return answers

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from trainkit.data.batches import round_up
-from trainkit.data.distributor import WireCall, WireMicroBatch, WireStep
+from trainkit.data.wire import WireCall, WireMicroBatch, WireStep
 from trainkit.errors import TrainingError
 from trainkit.units import MIB, format_seconds
 

@@ -1,7 +1,8 @@
 """Tokenization: once per (rows, templates, tokenizer, limits), into token arrays under <storage_path>/.cache/tokens.
 
 The key is a hash of the content itself, so data that changed under the same name is tokenized anew. A preparation that was interrupted
-leaves nothing; two at once each write their own and the first that ends stays.
+leaves nothing, and one that was killed leaves what the next one of the same key removes. Of two at once the second waits and finds the
+arrays of the first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainkit.data import chunks, templates
-from trainkit.data.arrays import TokenArrays, Writer, holds
+from trainkit.data.arrays import TokenArrays, Writer, alone_at, holds, leftovers
 from trainkit.data.chunks import Encoder, Spread
 from trainkit.data.encoding import form_of, limits
 from trainkit.data.source import Rows, load_rows
@@ -28,6 +29,7 @@ __all__ = ["LoadedTokenizer", "Prepared", "SplitReport", "TokenArrays", "load_to
 
 FORMAT = 2  # part of the cache's key: raise it when the same rows would be encoded otherwise
 Progress = Callable[[int, int], None]
+Waiting = Callable[[float], None]
 _INTEGER = re.compile(r"0|-?[1-9]\d*")
 _FRACTION = re.compile(r"[+-]?\d*\.\d+(?:[eE][+-]?\d+)?")
 
@@ -59,8 +61,11 @@ class Prepared:
         return Path(self.train).name
 
 
-def prepare(recipe: Recipe, progress: Progress | None = None, spread: Spread = chunks.here) -> Prepared:
-    """Tokenize what is not tokenized yet. `progress(done, total)` counts rows over both splits; `spread` says which processes encode.
+def prepare(
+    recipe: Recipe, progress: Progress = lambda done, total: None, spread: Spread = chunks.here, waiting: Waiting = lambda seconds: None
+) -> Prepared:
+    """Tokenize what is not tokenized yet. `progress(done, total)` counts rows over both splits; `spread` says which processes encode;
+    `waiting(seconds)` is called again and again while another process tokenizes the same rows.
 
     Raises DataError for everything wrong with data, templates and tokenizer, naming row and column where there is one.
     """
@@ -78,11 +83,11 @@ def prepare(recipe: Recipe, progress: Progress | None = None, spread: Spread = c
     for split, part in splits.items():
         part = part.select_columns(list(dict.fromkeys(form.columns)))
         folder = Path(recipe.run.storage_path) / ".cache" / "tokens" / _content_key(part, settings)
-        if not holds(folder):
-            _tokenize(Encoder(recipe, part, names, vocabulary), spread, folder, progress, done, total)
+        if leftovers(folder) or not holds(folder):
+            encoder = Encoder(recipe, part, names, vocabulary)
+            _tokenize_once(encoder, spread, folder, _beyond(done, total, progress), waiting)
         done += len(part)
-        if progress is not None:
-            progress(done, total)
+        progress(done, total)
         folders[split], report[split] = str(folder), _report(TokenArrays.open(folder))
     if report["train"].unlabelled == report["train"].rows:
         raise DataError("data.train: no row has a label to learn: the prompts fill the length limit, or no turn is an assistant's")
@@ -101,18 +106,28 @@ def _vocabulary(recipe: Recipe, tokenizer: Any) -> int:
     return max(len(tokenizer), getattr(config.get_text_config(), "vocab_size", None) or 0)
 
 
-def _tokenize(encoder: Encoder, spread: Spread, folder: Path, progress: Progress | None, done: int, total: int) -> None:
-    truncated: Counter[str] = Counter()
+def _beyond(before: int, total: int, progress: Progress) -> Callable[[int], None]:
+    return lambda done: progress(before + done, total)
+
+
+def _tokenize_once(encoder: Encoder, spread: Spread, folder: Path, done: Callable[[int], None], waiting: Waiting) -> None:
+    """`done(rows)` counts those of this split."""
     try:
-        with Writer(folder) as writer:
-            for chunk in spread(encoder, range(0, len(encoder.part), chunks.CHUNK)):
-                truncated.update(chunk.truncated)
-                writer.append(chunk.columns, chunk.label_tokens)
-                if progress is not None:
-                    progress(done + writer.sums["rows"], total)
-            writer.finish(truncated=dict(truncated))
+        with alone_at(folder, waiting):
+            if not holds(folder):  # else another process was faster
+                _tokenize(encoder, spread, folder, done)
     except OSError as error:
         raise DataError(f"{folder.parent}: the token cache cannot be written: {error.strerror or error}") from None
+
+
+def _tokenize(encoder: Encoder, spread: Spread, folder: Path, done: Callable[[int], None]) -> None:
+    truncated: Counter[str] = Counter()
+    with Writer(folder) as writer:
+        for chunk in spread(encoder, range(0, len(encoder.part), chunks.CHUNK)):
+            truncated.update(chunk.truncated)
+            writer.append(chunk.columns, chunk.label_tokens)
+            done(writer.sums["rows"])
+        writer.finish(truncated=dict(truncated))
 
 
 def _report(arrays: TokenArrays) -> SplitReport:

@@ -104,6 +104,8 @@ def _zero(zero: ZeroConfig, model: ModelFacts | None, hardware: Hardware) -> dic
     for offload in ("offload_optimizer", "offload_param"):
         if isinstance(written.get(offload), dict):
             written[offload] = _offload(written[offload], hardware)
+    if "round_robin_gradients" in written:
+        written["round_robin_gradients"] = False  # with it DeepSpeed 0.19.8 takes one parameter's states for another's (LOG.md)
     planned = {} if model is None else sizes(zero, model)
     return {key: value for key, value in planned.items() if key.removeprefix("stage3_") not in written} | written | {"stage": zero.stage}
 

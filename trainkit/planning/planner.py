@@ -137,14 +137,15 @@ def micro_batches(samples: int, rows_per_micro_batch: int, world_size: int) -> i
 
 
 def halved(plan: Plan) -> Plan | None:
-    """The plan with half the budget of a micro-batch and the same global batch; None where there is nothing left to halve."""
+    """The plan with half the budget of a micro-batch and the same global batch; None where a micro-batch is one row of full length."""
     rows_per_worker = -(-plan.samples_per_step // plan.world_size)
+    if plan.accumulation >= rows_per_worker:
+        return None
     accumulation = min(2 * plan.accumulation, rows_per_worker)
     smaller = replace(plan, accumulation=accumulation, micro_batches_per_step=accumulation * plan.world_size)
     if plan.samples_per_device is not None:
-        return replace(smaller, samples_per_device=plan.samples_per_device // 2) if plan.samples_per_device > 1 else None
-    tokens = (plan.tokens_per_device or 0) // 2
-    return replace(smaller, tokens_per_device=tokens) if tokens >= LENGTH_STEP else None
+        return replace(smaller, samples_per_device=plan.samples_per_device // 2)
+    return replace(smaller, tokens_per_device=(plan.tokens_per_device or 0) // 2)
 
 
 def shipped_fits(recipe: Recipe, model: ModelFacts | None, hardware: Hardware) -> tuple[Fit, ...]:
@@ -267,6 +268,8 @@ def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _
     notes = list(batch.notes)
     if recipe.batch.samples < _world_size(recipe):
         notes.append(f"{recipe.batch.samples} samples a step for {_world_size(recipe)} workers: some train an empty micro-batch")
+    if zero.json.get("zero_optimization", {}).get("round_robin_gradients"):
+        notes.append(f"round_robin_gradients of {zero.name} is false here: with it DeepSpeed mixes up the parameters' states (LOG.md)")
     if zero.unused:
         notes.append(f"not used from {zero.name}: {', '.join(zero.unused)}")
     section = zero.json.get("zero_optimization", {})

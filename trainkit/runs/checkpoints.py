@@ -60,7 +60,9 @@ class Checkpoint:
 
     def check(self) -> None:
         """Compare every file with the manifest. Raises UsageError naming the first that is missing, torn or another one."""
-        files = self.files
+        files, step = self.files, self.facts.get("step")
+        if step != self.step:
+            raise self._broken(f"it is that of step {step}: its folder was renamed")
         for name, said in files.items():
             if _FILE.fullmatch(name) is None:
                 raise self._broken(f"its manifest names {name!r}, which is no file of a checkpoint")
@@ -221,7 +223,9 @@ def _part(folder: Path, attempt: str, rank: int) -> Path:
 
 def _folders(run: Path) -> Sequence[Path]:
     root = run / "checkpoints"
-    return [path for path in root.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()] if root.is_dir() else []
+    return (
+        [path for path in root.iterdir() if _STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink()] if root.is_dir() else []
+    )
 
 
 def _flush_folder(folder: Path) -> None:

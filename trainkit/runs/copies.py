@@ -105,16 +105,17 @@ class RunCopy:
         target = checkpoint_path(run, step)
         folder = f"checkpoints/{target.name}"
         with _beside(run / ".ray" / "fetched") as held:
-            self._get(f"{folder}/{MANIFEST}", held / MANIFEST)
+            place = held / target.name
+            self._get(f"{folder}/{MANIFEST}", place / MANIFEST)
             try:
-                for name in self.names(folder) & Checkpoint(held).files.keys():
-                    self._get(f"{folder}/{name}", held / name)
-                Checkpoint(held).check()
+                for name in self.names(folder) & Checkpoint(place).files.keys():
+                    self._get(f"{folder}/{name}", place / name)
+                Checkpoint(place).check()
             except UsageError as error:
-                raise UsageError(error.message.replace(str(held), f"{self.url}/{folder}")) from None
+                raise UsageError(error.message.replace(str(place), f"{self.url}/{folder}")) from None
             checkpoints.remove(Checkpoint(target))
             target.parent.mkdir(exist_ok=True)
-            held.rename(target)
+            place.rename(target)
         return Checkpoint(target)
 
     def fetch_rest(self, run: Path, *names: str) -> None:

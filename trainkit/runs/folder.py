@@ -29,6 +29,7 @@ from trainkit.errors import UsageError
 from trainkit.runs.files import Lock, whole_lines, write_whole
 
 PREDECESSOR_SECONDS = 30.0  # to wait for: a rank 0 whose command was killed went on writing for 1.8 s
+LEASE_SECONDS = 120.0  # after which a file server gives up the locks of a node that is gone
 _SHARED_SECONDS = 30.0  # network drives show a new file late
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from trainkit.data.feed import StepBatch
 from trainkit.errors import TrainingError
 from trainkit.runs import checkpoints
-from trainkit.runs.checkpoints import Checkpoint
+from trainkit.runs.checkpoints import Checkpoint, sha256
 from trainkit.runs.files import linked
 from trainkit.training.model import persistent_buffers
 from trainkit.training.states import STATES, WEIGHT, HostMemory, Piece, Tensors, joined
@@ -56,7 +56,7 @@ class Saver:
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
         self.memory: Future[HostMemory] | None = None
-        self.frozen: Path | None = None  # of the last checkpoint: they do not change
+        self.frozen: tuple[Path, str] | None = None  # the last checkpoint's file and its sha256: what is frozen does not change
         self.closed = Event()
 
     def prepare(self, engine: Engine) -> None:
@@ -106,7 +106,7 @@ class Saver:
         """After `wait` nothing is left to do; without it, what is being written is given up as soon as the other ranks are waited for."""
         self.closed.set()
         self.writer.shutdown()
-        if self.memory is not None:
+        if self.memory is not None and self.memory.exception() is None:
             self.memory.result().release()
 
     def _name(self, kind: str) -> str:
@@ -118,11 +118,14 @@ class Saver:
         files = {name: tensors for name, tensors in files.items() if tensors}
         for name, tensors in files.items():
             save_file(tensors, folder / name)
-        names, frozen = list(files), self._name("frozen")
-        if self.frozen is not None and self.frozen.exists():
-            linked(self.frozen, folder / frozen)
-            names.append(frozen)
-        self.frozen = folder / frozen
+        names, frozen = list(files), folder / self._name("frozen")
+        if self.frozen is not None and self.frozen[0].name not in files:
+            linked(self.frozen[0], frozen)
+            names.append(frozen.name)
+            if sha256(frozen) != self.frozen[1]:
+                raise TrainingError(f"{frozen} is not what was written: the disk has changed it. Choose another folder with --runs")
+        if frozen.name in names:
+            self.frozen = frozen, sha256(frozen) if self.frozen is None else self.frozen[1]
         if self.rank == 0:
             (folder / _STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             names.append(_STATE)

@@ -27,10 +27,12 @@ def device_without_memory(error: BaseException) -> str | None:
     return None
 
 
-def out_of_memory(error: BaseException, plan: Plan, device: torch.device, rank: int, step: int, piece: str) -> OutOfMemory | None:
+def out_of_memory(
+    error: BaseException, plan: Plan, device: torch.device, rank: int, step: int, piece: str, in_micro_batches: bool = True
+) -> OutOfMemory | None:
     """What to tell of the error; None if it is of another kind.
 
-    step: the one that was trained. piece: what the rank was doing.
+    step: the one that was trained. piece: what the rank was doing. in_micro_batches: whether smaller ones would help.
     """
     where = device_without_memory(error)
     if where is None:
@@ -40,9 +42,9 @@ def out_of_memory(error: BaseException, plan: Plan, device: torch.device, rank: 
         f"step {step}: rank {rank} ran out of {where} memory in {piece}: {_first_line(error)}",
         f"  the plan: {_listed(planned)}",
         f"  measured: {_measured(where, device, sum(planned.values()))}",
-        f"Write {_way_out(plan)}",
+        f"Write {_way_out(plan, in_micro_batches)}",
     ]
-    return OutOfMemory("\n".join(lines), rank=rank, step=step, device=where)
+    return OutOfMemory("\n".join(lines), rank=rank, step=step, device=where, in_micro_batches=in_micro_batches)
 
 
 def _first_line(error: BaseException) -> str:
@@ -71,8 +73,8 @@ def _measured(where: str, device: torch.device, states: int) -> str:
     )
 
 
-def _way_out(plan: Plan) -> str:
-    smaller = halved(plan)
+def _way_out(plan: Plan, in_micro_batches: bool) -> str:
+    smaller = halved(plan) if in_micro_batches else None
     if smaller is None:
         return "model.gradient_checkpointing: true, shorter maximum lengths, or a ZeRO configuration with offload"
     key = "tokens_per_device" if plan.tokens_per_device else "samples_per_device"
