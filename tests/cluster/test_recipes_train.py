@@ -54,7 +54,7 @@ def test_the_quickstart_learns_and_shows_it(tmp_path: Path) -> None:
     assert tokenizer.decode(answer[0], skip_special_tokens=True).startswith("SELECT * FROM players WHERE team")
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+@pytest.mark.parametrize("stage", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_t5_small_learns_wikisql(shared: Path, tmp_path: Path, stage: str) -> None:
     sets = [f"zero={stage}", f"model.path={shared}/models/t5-small", "model.weights=random", "model.precision=fp32", "batch.samples=16"]
     sets += [f"data.path={shared}/data/wikisql", "data.train=train[:2000]", "data.eval=validation[:16]", "train.max_steps=20"]

@@ -91,25 +91,23 @@ def test_killed_workers_change_nothing(undisturbed: Callable[[str], list[dict[st
         checkpoint.check()
 
 
-def test_hanging_ranks_and_a_full_memory_are_named_and_cost_nothing(
+@pytest.mark.timeout(600)
+def test_a_hanging_rank_and_a_full_memory_are_named_and_cost_nothing(
     undisturbed: Callable[[str], list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    """A rank that stands still in a line of Python, one whose process is stopped, and one that runs out of memory."""
+    """A rank that stands still in a line of Python, and one that runs out of memory. Stopped processes are among those of chaos.py."""
     folder = RunFolder(tmp_path / "it")
     planted = {"PLANTED": "hang:1:12 oom:0:40", "PLANTED_DONE": str(tmp_path), "HANG_SECONDS": "8", "PYTHONPATH": planted_path()}
     with started(tmp_path, [*RUN, "--set", "zero=zero3", "--set", "train.halve_on_oom=true"], **planted) as process:
-        waited_for(lambda: len(list(folder.ray.glob("attempt-*"))) == 2, seconds=100)
-        waited_for(lambda: len(folder.read_steps()) >= 20 and len(ranks(family(process))) == 2, seconds=100)
-        ranks(family(process))[0].suspend()
+        waited_for(lambda: len(list(folder.ray.glob("attempt-*"))) == 2, seconds=200)
         out, err = process.communicate(timeout=240)
         workers = family(process)
     assert process.returncode == 0, out + err
     found = summary(folder)
-    assert (found["status"], found["restarts"], found["steps"]) == ("completed", 3, STEPS)
-    stuck, silent, full = found["failures"]
+    assert (found["status"], found["restarts"], found["steps"]) == ("completed", 2, STEPS)
+    stuck, full = found["failures"]
     assert "rank 1 stands at planted/sitecustomize.py:" in stuck["message"] and "in the optimizer step" in stuck["message"]
     assert stuck["message"].startswith("step 12: ") and not stuck["from_outside"]
-    assert "rank 0 gives no sign of life" in silent["message"] and silent["from_outside"]
     assert (full["kind"], full["message"].splitlines()[0]) == (
         "OutOfMemory",
         "step 40: rank 0 ran out of GPU memory in the optimizer step: CUDA out of memory. Tried to allocate 2.00 GiB.",
