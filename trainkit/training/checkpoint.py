@@ -56,6 +56,7 @@ class Saver:
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
         self.memory: Future[HostMemory] | None = None
+        self.begun = False  # a checkpoint
         self.frozen: tuple[Path, str] | None = None  # the last checkpoint's file and its sha256: what is frozen does not change
         self.closed = Event()
 
@@ -79,10 +80,11 @@ class Saver:
         files = {self._name("random"): random_state()}
         if self.rank == 0 and (buffers := persistent_buffers(engine.model)):
             files[self._name("buffers")] = {name: _on_host(buffer) for name, buffer in buffers.items()}
-        if self.frozen is None:
+        if not self.begun:  # on all ranks alike: also on those whose share is empty
             files[self._name("frozen")] = {
                 name: _on_host(tensor) for number, (name, tensor) in enumerate(engine.frozen()) if number % self.world_size == self.rank
             }
+        self.begun = True
         facts = {**state, "step": step, "world_size": self.world_size, "counters": engine.counters()}
         self.writing = self.writer.submit(self._write, checkpoints.checkpoint_path(self.run, step), pieces, files, facts, best)
         return time.perf_counter() - began
