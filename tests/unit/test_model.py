@@ -96,6 +96,7 @@ def test_facts_from_the_meta_device_are_those_of_the_built_model(kind: str, task
         (n, p.numel(), p.requires_grad) for n, p in model.named_parameters()
     ]
     assert facts.num_layers == (4 if kind == "t5" else 2) and facts.hidden_size == 16 and facts.vocab_size == 64
+    assert not any(p.any() for p in model.parameters())  # nobody draws what a checkpoint will overwrite, and nothing in it is NaN
 
 
 def test_a_folder_without_a_model_and_a_task_without_a_head_are_named(bert: Path, t5: Path, tmp_path: Path) -> None:

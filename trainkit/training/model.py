@@ -163,18 +163,19 @@ def write_first_weights(recipe: Recipe, path: Path, label_names: Sequence[str] |
 def build_model(recipe: Recipe, first_weights: str | None, gathered: Gathered, label_names: Sequence[str] | None = None) -> Any:
     """The model to train, on the CPU or, inside an engine's ZeRO-3 context, partitioned from the start.
 
-    gathered(parameter) is a context in which a whole parameter can be written: on the rank that writes it.
+    first_weights: the file of write_first_weights; None where it wrote none, or where a checkpoint will be restored: then a model of
+    random weights begins with zeros. gathered(parameter) is a context in which a whole parameter can be written: on the rank that writes it.
     """
     config = load_config(recipe, label_names)
     dtype = DTYPES[recipe.model.precision]
     if recipe.model.weights == "pretrained":
         model = _from_pretrained(recipe, config, dtype)[0]
-    elif first_weights is None:
-        model = _from_config(recipe, config, dtype)
     else:
-        with no_init_weights():  # all are written below: drawing a large model twice takes half a minute
+        with no_init_weights():  # all are written here or by a checkpoint: drawing a large model again takes most of a minute
             model = _from_config(recipe, config, dtype)
         model.tie_weights()
+        if first_weights is None:
+            _zero(model, gathered)
     model = _add_lora(model, recipe)
     if first_weights is not None:
         _overlay(model, first_weights, gathered)
@@ -210,6 +211,14 @@ def _overlay(model: torch.nn.Module, path: str, gathered: Gathered) -> None:
                         parameter.copy_(weights.get_tensor(name))
                 names.discard(name)
     assert not names, f"first weights without a parameter: {sorted(names)[:3]}"
+
+
+def _zero(model: torch.nn.Module, gathered: Gathered) -> None:
+    """Memory that nobody has written may hold NaN, and a step is trained with it before a checkpoint is restored."""
+    for parameter in model.parameters():
+        with gathered(parameter) as writes, torch.no_grad():
+            if writes:
+                parameter.zero_()
 
 
 def _attention(recipe: Recipe) -> dict[str, Any]:
