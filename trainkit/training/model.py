@@ -164,7 +164,7 @@ def build_model(recipe: Recipe, first_weights: str | None, gathered: Gathered, l
     """The model to train, on the CPU or, inside an engine's ZeRO-3 context, partitioned from the start.
 
     first_weights: the file of write_first_weights; None where it wrote none, or where a checkpoint will be restored: then a model of
-    random weights begins with zeros. gathered(parameter) is a context in which a whole parameter can be written: on the rank that writes it.
+    random weights begins with zeros. gathered(parameter) is a context in which a whole parameter is written, by the rank that writes it.
     """
     config = load_config(recipe, label_names)
     dtype = DTYPES[recipe.model.precision]
