@@ -126,7 +126,7 @@ class TensorBoard:
 def hyperparameters(recipe: Recipe, plan: Plan) -> dict[str, str | int | float | bool]:
     """What runs are compared by: the training, and its layout."""
     return {
-        "model": recipe.model.path,
+        "model": Path(recipe.model.path).name if Path(recipe.model.path).is_absolute() else recipe.model.path,
         "precision": plan.precision,
         "lora rank": recipe.model.lora.r if recipe.model.lora is not None else 0,
         "zero": plan.zero_name,
