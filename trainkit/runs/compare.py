@@ -74,7 +74,7 @@ def read_rows(named: Sequence[Path]) -> tuple[list[Row], list[str]]:
             notes.append(f"{folder.name} is named twice and shown once")
         folders[folder] = None
     rows = _told_apart([read_row(folder) for folder in folders])
-    return rows, notes + [note for row in rows for note in row.notes] + _notes_together(rows)
+    return rows, notes + notes_of(rows)
 
 
 def is_run(folder: Path) -> bool:
@@ -294,8 +294,9 @@ def _how_it_ended(summary: Mapping[str, Any]) -> list[str]:
     return [f"{summary['status']}: {str(summary['error']['message']).strip().partition(chr(10))[0]}"]
 
 
-def _notes_together(rows: Sequence[Row]) -> list[str]:
-    notes = []
+def notes_of(rows: Sequence[Row]) -> list[str]:
+    """Of each run, and of all as a table: which of their figures do not compare."""
+    notes = [note for row in rows for note in row.notes]
     for what, of_row, losses in (
         ("of different models", lambda row: row.model, "losses"),
         ("on different data", lambda row: row.data, "training losses"),
