@@ -120,7 +120,10 @@ def test_too_few_gpus_are_no_want_of_memory(tmp_path: Path) -> None:
 
 
 def test_what_a_stopped_run_reached_is_shown(tmp_path: Path) -> None:
-    interrupted = plant(tmp_path, "stopped", TWO, "train.max_steps=30", error=Interrupted("interrupted after step 3 of 30"))
+    interrupted = plant(
+        tmp_path, "stopped", TWO, "train.max_steps=30", error=Interrupted("interrupted after step 3 of 30; --resume goes on")
+    )
+    assert read_row(interrupted.path).notes == ("stopped: interrupted after step 3 of 30",)
     shown = cells(read_row(interrupted.path))
     assert (shown["steps"], shown["seconds"], shown["status"]) == ("3 of 30", "1.5", "interrupted")
 

@@ -5,17 +5,16 @@ What ran out of memory is a result and not a gap. What a folder lacks stays unkn
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trainkit.errors import DoesNotFit, OutOfMemory, UsageError
 from trainkit.recipe.reader import read_values
+from trainkit.runs.finding import find_runs
 from trainkit.units import gib
 
 UNFINISHED = "unfinished"
@@ -67,18 +66,9 @@ def read_rows(named: Sequence[Path]) -> tuple[list[Row], list[str]]:
 
     Raises UsageError for what is no run, RecipeError for a recipe.yaml that cannot be read.
     """
-    notes: list[str] = []
-    folders: dict[Path, None] = {}
-    for folder in (folder.resolve() for path in named for folder in _runs_at(path, notes.append)):
-        if folder in folders:
-            notes.append(f"{folder.name} is named twice and shown once")
-        folders[folder] = None
+    folders, notes = find_runs(named)
     rows = _told_apart([read_row(folder) for folder in folders])
-    return rows, notes + notes_of(rows)
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / "recipe.yaml").is_file() and (folder / "plan.json").is_file()
+    return rows, [*notes, *notes_of(rows)]
 
 
 def read_row(folder: Path) -> Row:
@@ -131,7 +121,7 @@ def read_row(folder: Path) -> Row:
         raise UsageError(
             f"{folder}: plan.json, recipe.yaml or summary.json is not as trainkit writes it ({type(fault).__name__}: {fault}). "
             "Leave this run out"
-        ) from None
+        ) from fault
 
 
 def read_steps(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -177,55 +167,6 @@ def planned_bytes(plan: Mapping[str, Any]) -> int | None:
 def last_parts(path: str) -> str:
     """google-t5/t5-large of /models/google-t5/t5-large: what a reader elsewhere can make use of."""
     return "/".join(path.rstrip("/").split("/")[-2:])
-
-
-# Which folders are meant
-
-
-def _runs_at(path: Path, tell: Callable[[str], None]) -> Iterator[Path]:
-    """The run at this path, the runs in this folder, or those that this glob meets. What else lies beside those is told."""
-    if is_run(path):
-        yield path
-    elif path.is_dir():
-        yield from _among(_naturally(path.iterdir()), f"{path}: no run folder (recipe.yaml and plan.json), and none in it", tell)
-    elif path.exists():
-        raise UsageError(f"{path}: a file. Name run folders, or a folder of run folders")
-    elif re.search(r"[*?\[]", str(path)):
-        top = Path(path.anchor or ".")
-        matches = top.glob(str(path.relative_to(path.anchor) if path.anchor else path))
-        yield from _among(_naturally(matches), f"{path}: no run folder matches", tell)
-    else:
-        raise UsageError(f"{path}: no such run folder{_near(path)}")
-
-
-def _among(paths: Sequence[Path], no_runs: str, tell: Callable[[str], None]) -> Iterator[Path]:
-    folders = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
-    if not any(is_run(folder) for folder in folders):
-        raise UsageError(no_runs)
-    for folder in folders:
-        if is_run(folder):
-            yield folder
-        else:
-            tell(f"{folder.name} is no run folder and left out")
-
-
-def _naturally(paths: Iterator[Path]) -> list[Path]:
-    """run-2 before run-10."""
-    return sorted(
-        paths, key=lambda path: [(not part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", str(path))]
-    )
-
-
-def _near(path: Path) -> str:
-    beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=3)
-    return f" (did you mean {' or '.join(str(path.parent / name) for name in near)}?)" if near else ""
-
-
-def _told_apart(rows: Sequence[Row]) -> list[Row]:
-    """Runs of one name in several folders get the folder's name in front."""
-    times = Counter(row.run for row in rows)
-    return [replace(row, run=f"{row.folder.parent.name}/{row.run}") if times[row.run] > 1 else row for row in rows]
 
 
 # What the files say
@@ -286,12 +227,19 @@ def _data(data: Mapping[str, Any], use: str) -> str | None:
 # What a reader must know
 
 
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Runs of one name in several folders get the folder's name in front."""
+    times = Counter(row.run for row in rows)
+    return [replace(row, run=f"{row.folder.parent.name}/{row.run}") if times[row.run] > 1 else row for row in rows]
+
+
 def _how_it_ended(summary: Mapping[str, Any]) -> list[str]:
     if summary["status"] == UNFINISHED:
         return ["no summary.json: it is still running, or its process was killed. Its figures go as far as steps.jsonl"]
     if summary["error"] is None:
         return []
-    return [f"{summary['status']}: {str(summary['error']['message']).strip().partition(chr(10))[0]}"]
+    message = str(summary["error"]["message"]).strip().partition("\n")[0]
+    return [message.partition(";")[0] if summary["status"] == "interrupted" else f"failed: {message}"]
 
 
 def notes_of(rows: Sequence[Row]) -> list[str]:
