@@ -12,6 +12,7 @@ from typing import Any
 from trainkit.errors import DoesNotFit, Fault, RecipeError
 from trainkit.planning.deepspeed_config import resolve
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
+from trainkit.planning.flops import TrainingFlops, peak_flops, training_flops
 from trainkit.planning.memory import BIASED_ATTENTION, CATEGORIES, Memory, activation_bytes_per_token, model_state_bytes
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import SHIPPED, ZeroConfig, read_zero
@@ -65,6 +66,10 @@ class Plan:
     device_name: str = "CPU"
     device_memory: int | None = None
     fits: tuple[Fit, ...] = ()  # of the shipped configurations, where the device's memory is known
+    activation_bytes_per_token: int | None = None  # at most, per padded token of a micro-batch; None: the model is not known
+    expected_peak_bytes: int | None = None  # on the device, once the data's micro-batches are known
+    flops: TrainingFlops | None = None  # None: a count would mislead
+    peak_flops: float | None = None  # of one device, per second; None: not known
 
     def to_json(self) -> dict[str, Any]:
         """For plan.json."""
@@ -90,6 +95,7 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
     fits = shipped_fits(recipe, model, hardware) if hardware.memory_bytes is not None else ()
     _check_capacity(zero, memory, fits, world_size, hardware)
     steps = _steps(recipe, data)
+    _check_profile(recipe, steps)
     batch = _batch(recipe, model, memory, world_size, hardware)
     return Plan(
         recipe_name=recipe.name,
@@ -121,7 +127,18 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         device_name=hardware.name,
         device_memory=hardware.memory_bytes,
         fits=fits,
+        activation_bytes_per_token=None if model is None else _bytes_per_token(recipe, model),
+        flops=None if model is None else training_flops(model),
+        peak_flops=peak_flops(hardware.name, recipe.model.precision),
     )
+
+
+def with_micro_batches(plan: Plan, largest_tokens: int) -> Plan:
+    """The plan with its peak on a GPU: the largest micro-batch of the data has so many padded tokens."""
+    if plan.memory is None or plan.activation_bytes_per_token is None or not plan.use_gpu:
+        return plan
+    in_backward = sum(plan.memory.device.values()) + largest_tokens * plan.activation_bytes_per_token
+    return replace(plan, expected_peak_bytes=max(in_backward, plan.memory.device_at_step))
 
 
 def row_tokens(recipe: Recipe) -> int:
@@ -174,6 +191,13 @@ def _check_precision(recipe: Recipe, model: ModelFacts | None) -> None:
             "then NaN. Write model.precision: bf16 (or fp32)"
         )
         raise RecipeError(faults=(Fault(recipe.name, None, "model.precision", message),))
+
+
+def _check_profile(recipe: Recipe, steps: _Steps) -> None:
+    profile = recipe.train.profile
+    if profile is not None and 0 < steps.total_steps < profile.start:
+        message = f"step {profile.start} is traced first, and the run has {steps.total_steps:,} steps. Write a smaller one"
+        raise RecipeError(faults=(Fault(recipe.name, None, "train.profile.start", message),))
 
 
 def _check_capacity(zero: ZeroConfig, memory: Memory | None, fits: tuple[Fit, ...], world_size: int, hardware: Hardware) -> None:
