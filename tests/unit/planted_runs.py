@@ -41,6 +41,7 @@ def plant(
     losses: Sequence[float] = (3.0, 2.0, 1.0),
     seconds: float = 0.5,
     peak_gib: float = 12.0,
+    mfu: float | None = None,
     ended: bool = True,
     error: TrainkitError | None = None,
     environment: dict[str, Any] | None = ENVIRONMENT,
@@ -56,7 +57,7 @@ def plant(
         folder.write_environment(environment)
     log = StepLog(folder)
     for number, loss in enumerate(losses, start=1):
-        log.append(_step(plan, number, loss, seconds, peak_gib))
+        log.append(_step(plan, number, loss, seconds, peak_gib, mfu))
     log.close()
     if ended:
         came_to = {} if error else {"status": "completed", "steps": len(losses), "eval": {"loss": 0.5, "step": len(losses)}}
@@ -64,7 +65,8 @@ def plant(
     return folder
 
 
-def _step(plan: Plan, number: int, loss: float, seconds: float, peak_gib: float) -> dict[str, Any]:
+def _step(plan: Plan, number: int, loss: float, seconds: float, peak_gib: float, mfu: float | None) -> dict[str, Any]:
     peaks = [peak_gib - 1] * (plan.world_size - 1) + [peak_gib]
     line = {"step": number, "loss": loss, "grad_norm": 1.0, "lr": 1e-4, "samples": plan.samples_per_step, "tokens": 3000}
-    return line | {"seconds": seconds, "data_wait_seconds": 0.001, "order": f"{number:016x}", "peak_memory_gib": peaks}
+    line |= {"seconds": seconds, "data_wait_seconds": 0.001, "order": f"{number:016x}", "peak_memory_gib": peaks}
+    return line | {"mfu": mfu, "piece_seconds": {"forward": seconds / 2}}

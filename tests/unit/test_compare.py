@@ -17,7 +17,6 @@ from planted_runs import CPU, ROWS, plant
 from rich.console import Console
 
 from trainkit import cli
-from trainkit.cluster.summary import summarize
 from trainkit.errors import CapacityError, DoesNotFit, Interrupted, NonFiniteError, OutOfMemory, TrainkitError, UsageError
 from trainkit.recipe.zero import SHIPPED, read_zero
 from trainkit.runs import compare, plot, tables
@@ -55,13 +54,12 @@ def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_a_row_holds_what_the_run_left(tmp_path: Path) -> None:
-    folder = plant(tmp_path, "fast", TWO, losses=[3.0, 2.0, 1.0], seconds=0.5, peak_gib=12.0)
-    change(folder.path / "summary.json", lambda summary: summary.update(mfu=0.381))
+    folder = plant(tmp_path, "fast", TWO, losses=[3.0, 2.0, 1.0], seconds=0.5, peak_gib=12.0, mfu=0.381)
     row = read_row(folder.path)
     assert (row.run, row.recipe, row.model, row.technique) == ("fast", "t5_large_zero1", "google-t5/t5-large", "ZeRO-1")
     assert (row.workers, row.device, row.precision, row.samples_per_step, row.steps) == (2, "NVIDIA H200", "bf16", 96, 3)
     assert (row.epochs, row.seconds, row.wall_seconds) == (round(3 * 96 / ROWS, 4), 1.5, 60.0)
-    assert (row.samples_per_second, row.tokens_per_second, row.mfu) == (192.0, 6000.0, 0.381)
+    assert (row.samples_per_second, row.tokens_per_second, row.mfu) == (192.0, 6000.0, pytest.approx(0.381))
     assert (row.peak_gib, row.train_loss, row.eval_loss, row.status) == (12.0, 2.0, 0.5, "completed")
     assert row.curve == ((96.0, 3.0), (192.0, 2.0), (288.0, 1.0))
     assert row.notes == () and not row.out_of_memory and row.environment["git_dirty"] is False
@@ -134,15 +132,14 @@ def test_a_nan_is_shown_as_a_nan(tmp_path: Path) -> None:
     assert math.isnan(row.curve[1][1])
 
 
-@given(losses=st.lists(st.floats(0.1, 10), max_size=8))
-def test_an_unfinished_run_counts_as_its_summary_would(losses: list[float], tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = plant(tmp_path_factory.mktemp("runs"), "a", TWO, losses=losses, ended=False)
-    unfinished = read_row(folder.path)
-    assert unfinished.status == "unfinished" and "no summary.json" in unfinished.notes[0]
-    plan: Any = type("Plan", (), folder.read_plan())
-    folder.write_summary(summarize(plan, folder.read_steps(), {"status": "completed"}, None, 60.0))
-    ended = read_row(folder.path)
-    for name in ("steps", "epochs", "samples_per_second", "tokens_per_second", "peak_gib", "train_loss", "seconds", "curve"):
+@given(losses=st.lists(st.floats(0.1, 10), max_size=8), mfu=st.none() | st.floats(0.1, 0.6))
+def test_an_unfinished_run_counts_as_its_summary_would(
+    losses: list[float], mfu: float | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    runs = tmp_path_factory.mktemp("runs")
+    unfinished, ended = (read_row(plant(runs, str(end), TWO, losses=losses, mfu=mfu, ended=end).path) for end in (False, True))
+    assert (unfinished.status, ended.status) == ("unfinished", "completed") and "no summary.json" in unfinished.notes[0]
+    for name in ("steps", "epochs", "samples_per_second", "tokens_per_second", "mfu", "peak_gib", "train_loss", "seconds", "curve"):
         assert getattr(unfinished, name) == getattr(ended, name), name
 
 

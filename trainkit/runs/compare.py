@@ -205,8 +205,14 @@ def _so_far(plan: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> dict
         "samples_per_second": samples / seconds if seconds else None,
         "tokens_per_second": tokens / seconds if seconds else None,
         "peak_memory_gib": steps[-1].get("peak_memory_gib") if steps else None,
-        **dict.fromkeys(("wall_seconds", "mfu", "eval", "error")),
+        "mfu": _mean_mfu(steps),
+        **dict.fromkeys(("wall_seconds", "eval", "error")),
     }
+
+
+def _mean_mfu(steps: Sequence[Mapping[str, Any]]) -> float | None:
+    told = [step for step in steps if step.get("mfu") is not None]
+    return sum(step["mfu"] * step["seconds"] for step in told) / sum(step["seconds"] for step in told) if told else None
 
 
 def _curve(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], ...]:
