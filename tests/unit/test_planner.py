@@ -16,7 +16,7 @@ from test_memory import recipe_of, t5_large
 
 from trainkit.data import batches
 from trainkit.data.catalogue import Catalogues
-from trainkit.errors import CapacityError, RecipeError
+from trainkit.errors import DoesNotFit, RecipeError
 from trainkit.planning import planner
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts, Parameter
 from trainkit.planning.planner import Plan, make_plan
@@ -159,14 +159,14 @@ def test_a_gpu_of_unknown_size_gets_one_micro_batch_and_a_note() -> None:
 
 
 def test_too_small_a_gpu_is_refused_with_the_way_out() -> None:
-    with pytest.raises(CapacityError) as refused:
+    with pytest.raises(DoesNotFit) as refused:
         plan_of("zero0", gpu(10))
     message = refused.value.message
     assert refused.value.exit_code == 3
     assert "parameters 1.37 GiB" in message and "optimizer 8.24 GiB" in message and "10 GiB" in message
     assert "zero3" in message and "zero0 (" not in message
     assert plan_of(refused.value.facts["fitting"][0], gpu(10)).device_memory == 10 * GIB, "what it names does fit"
-    with pytest.raises(CapacityError, match="No shipped ZeRO configuration fits"):
+    with pytest.raises(DoesNotFit, match="No shipped ZeRO configuration fits"):
         plan_of("zero3_offload", gpu(0.25))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trainkit.errors import CapacityError, Fault, RecipeError
+from trainkit.errors import DoesNotFit, Fault, RecipeError
 from trainkit.planning.deepspeed_config import resolve
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
 from trainkit.planning.flops import TrainingFlops, peak_flops, training_flops
@@ -87,7 +87,7 @@ class _Steps:
 
 
 def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: DataFacts, hardware: Hardware) -> Plan:
-    """Raises RecipeError for a precision that the model cannot take, CapacityError if the model states exceed the device's memory."""
+    """Raises RecipeError for a precision that the model cannot take, DoesNotFit if the model states exceed the device's memory."""
     _check_precision(recipe, model)
     world_size = _world_size(recipe)
     ds_config = resolve(recipe, zero, model, world_size, hardware)
@@ -208,7 +208,7 @@ def _check_capacity(zero: ZeroConfig, memory: Memory | None, fits: tuple[Fit, ..
     way_out = "No shipped ZeRO configuration fits: raise scaling.num_workers, or train with model.lora"
     if fitting:
         way_out = f"Write zero: {' or '.join(fitting)}"
-    raise CapacityError(
+    raise DoesNotFit(
         f"{zero.name} on {world_size} worker{'s' if world_size > 1 else ''}: the model states take {format_bytes(memory.device_total)} "
         f"per GPU ({parts}; in the optimizer step {format_bytes(memory.device_at_step)}), "
         f"and {hardware.name} has {format_bytes(hardware.memory_bytes)}. {way_out}",

@@ -73,6 +73,17 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys of a recipe file as they stand, unchecked: of a run that is only looked at, whose model or data may be elsewhere.
+
+    Raises RecipeError for what is no YAML or no recipe at all.
+    """
+    document = _read_yaml(_read_text(path), str(path))
+    if document.faults:
+        raise RecipeError(faults=tuple(document.faults))
+    return document.values
+
+
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The recipe with all defaults and resolved paths; read_recipe makes an equal recipe of it."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
