@@ -28,7 +28,7 @@ PLAN = cast(
     Plan,
     SimpleNamespace(
         rows=100, world_size=2, zero_stage=3, offload_optimizer=True, offload_param=False, precision="fp32", use_gpu=True,
-        memory=Memory({"parameters": 2**30, "optimizer": 2**31}), expected_peak_bytes=2**32,
+        memory=Memory({"parameters": 2**30, "optimizer": 2**31}), expected_activation_bytes=2**29, expected_peak_bytes=2**32,
     ),
 )  # fmt: skip
 
@@ -67,7 +67,7 @@ def test_a_completed_run_adds_up() -> None:
 def test_measured_memory_stands_beside_the_plan() -> None:
     ranks = [dict.fromkeys(MEASURED.values(), 2**30 * (rank + 1)) for rank in range(2)]
     found = summarize(PLAN, steps(3.0, 2.0), {"status": "completed"}, None, 60.0, worked_seconds=4.0, ranks=ranks)
-    assert found["memory"]["planned"] == {"parameters": 1.0, "optimizer": 2.0, "peak": 4.0}
+    assert found["memory"]["planned"] == {"parameters": 1.0, "optimizer": 2.0, "activations": 0.5, "peak": 4.0}
     assert [rank["activations"] for rank in found["memory"]["measured"]] == [1.0, 2.0]
     assert found["goodput"] == 0.25
     on_cpu = summarize(SimpleNamespace(**vars(PLAN) | {"use_gpu": False}), steps(3.0), {"status": "completed"}, None, 1.0, ranks=ranks)  # type: ignore[arg-type]

@@ -91,8 +91,8 @@ def _sums(all_pieces: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def _memory(plan: Plan, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """GiB by category on the device, as planned and as each rank measured; what cannot be told is left out."""
     planned = {} if plan.memory is None else {name: gib(size) for name, size in plan.memory.device.items()}
-    if plan.expected_peak_bytes is not None:
-        planned["peak"] = gib(plan.expected_peak_bytes)
+    expected = {"activations": plan.expected_activation_bytes, "peak": plan.expected_peak_bytes}
+    planned |= {name: gib(size) for name, size in expected.items() if size is not None}
     told = MEASURED if plan.use_gpu else MEASURED_ON_CPU
     return {"planned": planned, "measured": [{name: gib(rank[key]) for name, key in told.items()} for rank in ranks]}
 

@@ -67,7 +67,8 @@ class Plan:
     device_memory: int | None = None
     fits: tuple[Fit, ...] = ()  # of the shipped configurations, where the device's memory is known
     activation_bytes_per_token: int | None = None  # at most, per padded token of a micro-batch; None: the model is not known
-    expected_peak_bytes: int | None = None  # on the device, once the data's micro-batches are known
+    expected_activation_bytes: int | None = None  # at most, on the device, once the data's micro-batches are known
+    expected_peak_bytes: int | None = None  # with the model states
     flops: TrainingFlops | None = None  # None: a count would mislead
     peak_flops: float | None = None  # of one device, per second; None: not known
 
@@ -137,8 +138,9 @@ def with_micro_batches(plan: Plan, largest_tokens: int) -> Plan:
     """The plan with its peak on a GPU: the largest micro-batch of the data has so many padded tokens."""
     if plan.memory is None or plan.activation_bytes_per_token is None or not plan.use_gpu:
         return plan
-    in_backward = sum(plan.memory.device.values()) + largest_tokens * plan.activation_bytes_per_token
-    return replace(plan, expected_peak_bytes=max(in_backward, plan.memory.device_at_step))
+    activations = largest_tokens * plan.activation_bytes_per_token
+    peak = max(sum(plan.memory.device.values()) + activations, plan.memory.device_at_step)
+    return replace(plan, expected_activation_bytes=activations, expected_peak_bytes=peak)
 
 
 def row_tokens(recipe: Recipe) -> int:
