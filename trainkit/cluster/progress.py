@@ -105,8 +105,8 @@ class Watch:
         self.seconds += weight * (line["seconds"] - self.seconds)
         self.waited += weight * (line["data_wait_seconds"] - self.waited)
         self.peak_gib = max(line["peak_memory_gib"])
-        if line["mfu"] is not None:
-            self.mfu = line["mfu"] if self.mfu is None else self.mfu + weight * (line["mfu"] - self.mfu)
+        if (mfu := line.get("mfu")) is not None:
+            self.mfu = mfu if self.mfu is None else self.mfu + weight * (mfu - self.mfu)
 
 
 class Display(Protocol):

@@ -51,7 +51,7 @@ def summarize(
         "tokens_per_second": _rate(tokens, seconds),
         "mfu": _mean_mfu(steps),
         "goodput": _rate(seconds, worked_seconds),
-        "piece_seconds": _sums(step["piece_seconds"] for step in steps),
+        "piece_seconds": _sums(step.get("piece_seconds", {}) for step in steps)  # steps of earlier versions lack it,
         "peak_memory_gib": steps[-1]["peak_memory_gib"] if steps else None,
         "memory": _memory(plan, ranks),
         "data_wait_fraction": _rate(waited, seconds),
@@ -76,7 +76,7 @@ def status(outcome: Mapping[str, Any], error: TrainkitError | None) -> str:
 
 def _mean_mfu(steps: Sequence[Mapping[str, Any]]) -> float | None:
     """Over the time of the steps; None where it is left out."""
-    told = [step for step in steps if step["mfu"] is not None]
+    told = [step for step in steps if step.get("mfu") is not None]
     return _rate(sum(step["mfu"] * step["seconds"] for step in told), sum(step["seconds"] for step in told))
 
 

@@ -75,23 +75,25 @@ class TensorBoard:
     def step(self, record: StepRecord) -> None:
         self.recent.append(record)
         self.kept_seconds += record.seconds
-        for tag, description, value in tags.scalars(record, self.story.use_gpu):
-            self._add(tag, value, record.step, description)
+        points = {tag: (value, description) for tag, description, value in tags.scalars(record, self.story.use_gpu)}
         seconds = sum(past.seconds for past in self.recent)
-        self._add("throughput/samples_per_second_smoothed", sum(past.samples for past in self.recent) / seconds, record.step)
-        self._add("throughput/tokens_per_second_smoothed", sum(past.tokens for past in self.recent) / seconds, record.step)
+        others = {
+            "throughput/samples_per_second_smoothed": sum(past.samples for past in self.recent) / seconds,
+            "throughput/tokens_per_second_smoothed": sum(past.tokens for past in self.recent) / seconds,
+        }
         if worked := self.story.worked_seconds():
-            self._add("throughput/goodput", self.kept_seconds / worked, record.step)
+            others["throughput/goodput"] = self.kept_seconds / worked
         if self.story.expected_peak_bytes is not None:
-            self._add("memory/planned_peak_gib", gib(self.story.expected_peak_bytes), record.step)
+            others["memory/planned_peak_gib"] = gib(self.story.expected_peak_bytes)
+        self._add(record.step, points | _described(others))
 
     def evaluation(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        for name, value in values.items():
-            self._add(f"eval/{name}", value, step, f"{name} over the evaluation rows")
-        self._add("time/evaluation_seconds", seconds, step)
+        known, text = tags.OTHER_TAGS, "{} over the evaluation rows."
+        points = {f"eval/{name}": (value, known.get(f"eval/{name}", text.format(name))) for name, value in values.items()}
+        self._add(step, points | _described({"time/evaluation_seconds": seconds}))
 
     def checkpoint(self, step: int, stall_seconds: float) -> None:
-        self._add("time/checkpoint_stall_seconds", stall_seconds, step)
+        self._add(step, _described({"time/checkpoint_stall_seconds": stall_seconds}))
 
     def predictions(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
         rows = ["| source | predicted | expected |", "|---|---|---|"]
@@ -110,17 +112,21 @@ class TensorBoard:
     def _files(self) -> Any:
         return self.writer.file_writer
 
-    def _add(self, tag: str, value: float, step: int, description: str = "") -> None:
-        """One point; the first one of a curve brings its description, which SummaryWriter has no word for."""
+    def _add(self, step: int, points: Mapping[str, tuple[float, str]]) -> None:
+        """(value, description) by tag, in one event. The first point of a curve brings its description, which SummaryWriter has no word for."""
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.scalar.metadata import create_summary_metadata
 
-        point = Summary.Value(tag=tag, simple_value=value)
-        if tag not in self.described:
-            self.described.add(tag)
-            text = tags.OTHER_TAGS.get(tag, description)
-            point.metadata.CopyFrom(create_summary_metadata(display_name="", description=text))
-        self._files.add_summary(Summary(value=[point]), step)
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, (value, _) in points.items()]
+        for point in values:
+            if point.tag not in self.described:
+                self.described.add(point.tag)
+                point.metadata.CopyFrom(create_summary_metadata(display_name="", description=points[point.tag][1]))
+        self._files.add_summary(Summary(value=values), step)
+
+
+def _described(values: Mapping[str, float]) -> dict[str, tuple[float, str]]:
+    return {tag: (value, tags.OTHER_TAGS[tag]) for tag, value in values.items()}
 
 
 def hyperparameters(recipe: Recipe, plan: Plan) -> dict[str, str | int | float | bool]:
