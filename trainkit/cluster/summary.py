@@ -51,7 +51,7 @@ def summarize(
         "tokens_per_second": _rate(tokens, seconds),
         "mfu": _mean_mfu(steps),
         "goodput": _rate(seconds, worked_seconds),
-        "piece_seconds": _sums(step.get("piece_seconds", {}) for step in steps)  # steps of earlier versions lack it,
+        "piece_seconds": _sums(step.get("piece_seconds", {}) for step in steps),  # earlier versions wrote none
         "peak_memory_gib": steps[-1]["peak_memory_gib"] if steps else None,
         "memory": _memory(plan, ranks),
         "data_wait_fraction": _rate(waited, seconds),

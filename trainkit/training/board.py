@@ -113,7 +113,7 @@ class TensorBoard:
         return self.writer.file_writer
 
     def _add(self, step: int, points: Mapping[str, tuple[float, str]]) -> None:
-        """(value, description) by tag, in one event. The first point of a curve brings its description, which SummaryWriter has no word for."""
+        """(value, description) by tag, in one event. A curve's first point brings its description, which SummaryWriter has no word for."""
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.scalar.metadata import create_summary_metadata
 
