@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -24,7 +25,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Fine-tune Hugging Face models on many workers: a recipe, Ray Train, DeepSpeed ZeRO.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; with --resume also a run folder.", show_default=False)]
@@ -109,6 +109,17 @@ def compare(
 VERBS: dict[str, Callable[..., None]] = {"run": run, "plan": plan, "export": export, "compare": compare}
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"trainkit {metadata.version('trainkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def trainkit(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")] = False) -> None:
+    """Fine-tune Hugging Face models on many workers: a recipe, Ray Train, DeepSpeed ZeRO."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

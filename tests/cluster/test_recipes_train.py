@@ -54,7 +54,8 @@ def test_the_quickstart_learns_and_shows_it(tmp_path: Path) -> None:
     assert tokenizer.decode(answer[0], skip_special_tokens=True).startswith("SELECT * FROM players WHERE team")
 
 
-@pytest.mark.parametrize("stage", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.slow  # two minutes each; parity tables hold every stage to torch with a smaller T5, and the quickstart learns
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
 def test_t5_small_learns_wikisql(shared: Path, tmp_path: Path, stage: str) -> None:
     sets = [f"zero={stage}", f"model.path={shared}/models/t5-small", "model.weights=random", "model.precision=fp32", "batch.samples=16"]
     sets += [f"data.path={shared}/data/wikisql", "data.train=train[:2000]", "data.eval=validation[:16]", "train.max_steps=20"]

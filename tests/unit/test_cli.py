@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ def test_a_missing_recipe_is_one_message(capsys: pytest.CaptureFixture[str]) -> 
         shown = capsys.readouterr()
         assert "error:" in shown.err and "no_such.yaml" in shown.err and "Traceback" not in shown.err
         assert shown.out == ""
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"trainkit {metadata.version('trainkit')}\n"
 
 
 def test_an_unknown_option_or_verb_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,6 +109,12 @@ def test_a_folder_without_a_model_and_a_task_without_a_head_are_named(bert: Path
         write_first_weights(recipe_of(t5, "seq2seq", weights="pretrained"), tmp_path / "x")
 
 
+def test_modules_to_save_that_are_not_there_are_named(llama: Path) -> None:
+    recipe = recipe_of(llama, "causal", lora={"r": 2, "modules_to_save": ["lm_head", "lm_tail"]})
+    with pytest.raises(DataError, match=r"modules_to_save: .* has no module lm_tail$"):
+        model_facts(recipe)
+
+
 @pytest.mark.parametrize(("kind", "task"), [("t5", "seq2seq"), ("llama", "causal"), ("bert", "classification")])
 def test_the_sum_over_its_labels_is_the_loss_that_transformers_computes(
     kind: str, task: str, tmp_path: Path, request: pytest.FixtureRequest

@@ -192,6 +192,7 @@ def test_a_learning_rate_is_a_finite_positive_number(folder: Path, number: str) 
         (["model.task=classification", "data.target='{a} {b}'"], "data.target: '{a} {b}': name one column"),
         (["data.name=a", "data.path=."], "belongs to a set of the hub, and data.path is on this machine: leave it out"),
         (["data.revision=main", "data.path=[a.jsonl]"], "belongs to a set of the hub"),
+        (["model.revision=main", "model.path=."], "belongs to a model of the hub, and model.path is on this machine: leave it out"),
         (["train.seed=9223372036854775808"], "expected a whole number of at least 0 and below 9223372036854775808"),
         (["batch.samples=2147483649"], "expected a whole number above 0 and of at most 2147483648"),
         (["optimizer.warmup_steps=11", "train.max_steps=10"], "11 steps of warm-up do not end within train.max_steps: 10"),

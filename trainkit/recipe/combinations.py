@@ -56,6 +56,8 @@ def _paths(view: View) -> None:
         path = view.value(key)
         if path is not MISSING and (not path or not all(part.strip() for part in ([path] if isinstance(path, str) else path))):
             view.fault(key, "is empty: write a hub id or a path")
+    if view.given("model.revision") and view.value("model.revision") is not MISSING and _is_here(view.value("model.path")):
+        view.fault("model.revision", "belongs to a model of the hub, and model.path is on this machine: leave it out")
     for key in ("data.name", "data.revision"):
         if view.given(key) and view.value(key) is not MISSING and _is_here(path):
             view.fault(key, "belongs to a set of the hub, and data.path is on this machine: leave it out" + _inside(path, view.value(key)))

@@ -296,6 +296,10 @@ def _add_lora(model: Any, recipe: Recipe) -> Any:
 
     settings = peft.LoraConfig(task_type=TASKS[recipe.model.task].peft_type, **lora.model_dump())
     settings.base_model_name_or_path, settings.revision = recipe.model.path, recipe.model.revision
+    known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()} | {name for name, _ in model.named_modules()}
+    unknown = [name for name in lora.modules_to_save or () if name not in known]
+    if unknown:  # peft would train the rest and say nothing
+        raise DataError(f"model.lora.modules_to_save: {recipe.model.path} has no module {', '.join(unknown)}")
     try:  # peft would keep adapters in fp32, which DeepSpeed casts under some stages only
         return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
