@@ -115,7 +115,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with tempfile.TemporaryDirectory() as runs:
-        storage = f"run.storage_path={os.environ.get('METERS_RUNS', runs)}"
+        storage = f"run.storage_path={runs}"
         own = [f"scaling.num_workers={world_size}", "data.eval=null", "train.metrics=[]", storage]
         recipe = read_recipe(options.recipe, [*options.overrides, *own])
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if recipe.scaling.use_gpu else torch.device("cpu")

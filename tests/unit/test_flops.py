@@ -110,5 +110,8 @@ def test_a_peak_is_named_only_where_it_is_one() -> None:
     assert peak_flops("NVIDIA H200", "bf16") == 989.4e12
     assert peak_flops("NVIDIA A100-SXM4-40GB", "bf16") == 311.9e12
     assert (peak_flops("NVIDIA L4", "bf16"), peak_flops("NVIDIA L40S", "fp16")) == (121.0e12, 362.1e12)
+    for name in ("NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA RTX A400", "NVIDIA GeForce RTX 4090 Laptop GPU", "RTX 4090 D",
+                 "NVIDIA GeForce RTX 3090 Ti", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):  # fmt: skip
+        assert peak_flops(name, "bf16") is None, name
     assert peak_flops("NVIDIA H200", "fp32") is peak_flops("CPU", "bf16") is peak_flops("GPU", "bf16") is None
     assert mfu(500.0, 2.0, 5, 100.0) == 0.5 and mfu(1.0, 1.0, 1, None) is None

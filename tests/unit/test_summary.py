@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,7 +99,7 @@ def ended(folder: RunFolder, train: Callable[[], Any], signals: int = 0) -> Trai
     taken = Signals()
     taken.taken = signals
     run = SimpleNamespace(
-        train=train, plan=PLAN, folder=folder, signals=taken, worked=WorkedTime(folder), failures=[], restarts=0, oom_kills=0
+        train=train, plan=PLAN, folder=folder, signals=taken, worked=WorkedTime(folder, time.time()), failures=[], restarts=0, oom_kills=0
     )
     with pytest.raises(TrainkitError) as raised:
         driver._recorded(cast(Any, run), 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         except KeyboardInterrupt:
             raise Interrupted("interrupted before anything was started") from None
         with folder.lock("driver", wait_seconds=PREDECESSOR_SECONDS if before else 0.0):
-            resumed, worked = before is not None, WorkedTime(folder)
+            resumed, worked = before is not None, WorkedTime(folder, time.time() - (time.monotonic() - began))
             asked = _Run(address, options.verbose, wish, recipe, decision, decision.plan, folder, console, signals, worked, resumed)
             return _recorded(asked, began)
 
@@ -187,21 +187,21 @@ class _Run:
         plan = self.decision.with_workers(workers_on(nodes, self.recipe.scaling, self.most_workers or decided)).plan
         for _ in range(self.halvings):
             plan = halved(plan) or plan
-        if plan != self.plan:
+        if plan != replace(self.plan, expected_activation_bytes=None, expected_peak_bytes=None):
             self.folder.write_plan(plan.to_json())
             self._say(f"{plan.world_size} of {decided} workers; {batch_equation(plan)}", "yellow")
         self.plan = plan
         return plan
 
     def _data_known(self, plan: Plan, largest_tokens: int) -> Plan:
-        """Once the data's micro-batches are known, the plan says what they will take on the device."""
+        """Once the data's first micro-batches are known, the plan says what they will take on the device."""
         known = with_micro_batches(plan, largest_tokens)
         if known != self.plan:
             self.folder.write_plan(known.to_json())
         if known.expected_peak_bytes is not None and not self.restarts:
             self._say(
-                f"expected at the peak: {format_bytes(known.expected_peak_bytes)} per device; the largest micro-batch has "
-                f"{largest_tokens:,} padded tokens", "dim",
+                f"expected at the peak: {format_bytes(known.expected_peak_bytes)} per device; the largest micro-batch of the first steps "
+                f"has {largest_tokens:,} padded tokens", "dim",
             )  # fmt: skip
         self.plan = known
         return known

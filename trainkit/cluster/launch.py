@@ -61,7 +61,7 @@ class Launch:
     say: Callable[[str], None]  # to the person who waits
     attempt: int = 1  # from 1
     checkpoint: Checkpoint | None = None  # to go on from
-    worked: tuple[float, float] = (0.0, 0.0)  # seconds of commands before this one, and when it began, in seconds since 1970
+    worked: tuple[float | None, float] = (0.0, 0.0)  # seconds of commands before this one, if known; when it began, since 1970
 
 
 def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[], None]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[],
         nodes = worker_nodes(nodes, asked.recipe.scaling, asked.plan.world_size)
         _build_operators(nodes, asked, display)
         distributors = make_distributors(_feedings(asked), [node.id for node in nodes])
-        asked = replace(asked, plan=asked.data_known(asked.plan, distributors.largest_micro_batch("train")))
+        asked = replace(asked, plan=asked.data_known(asked.plan, distributors.largest_micro_batch("train", _first_step(asked))))
         trainer = _trainer(asked, distributors)
         with signals.softly(stop), _ranks_told(asked, distributors):
             return _fit(trainer, asked, display)
@@ -105,6 +105,11 @@ def _enough(nodes: list[Node], asked: Launch) -> list[Node]:
             time.sleep(_NOTICE_SECONDS)
             nodes = living_nodes()
     return nodes
+
+
+def _first_step(asked: Launch) -> int:
+    """Of this attempt, one of the run's."""
+    return min(asked.plan.total_steps, 1 + (0 if asked.checkpoint is None else asked.checkpoint.step))
 
 
 def _build_operators(nodes: Sequence[Node], asked: Launch, display: Display) -> None:

@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 
+from trainkit.planning.show import as_lines
 from trainkit.runs.folder import RunFolder, StepTail
 from trainkit.units import format_count, format_seconds, gib
 
@@ -158,7 +159,7 @@ class PlainLines:
         if line not in ("", self.printed):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
             if self.waiting is not None and self.waiting.ranks:
-                self.console.print(rank_table(self.waiting.ranks))
+                self.console.print(as_lines(rank_table(self.waiting.ranks)), highlight=False, markup=False, soft_wrap=True)
             self.printed = line
         self.waiting, self.printed_at = None, self.clock()
 

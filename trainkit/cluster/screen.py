@@ -9,9 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trainkit.planning.memory import CATEGORIES
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.folder import RunFolder
 from trainkit.units import GIB, format_bytes, format_count, format_seconds
+
+_CATEGORIES = (*CATEGORIES, "activations", "other", "peak")
 
 
 def show_result(console: Console, folder: RunFolder, recipe: Recipe, summary: Mapping[str, Any]) -> None:
@@ -60,9 +63,11 @@ def _memory(memory: Mapping[str, Any]) -> Table | None:
     table.add_column("memory per worker", style="dim")
     table.add_column("planned", justify="right")
     table.add_column("measured", justify="right")
-    for name in memory["measured"][0]:
-        planned, measured = memory["planned"].get(name), max(rank[name] for rank in memory["measured"])
-        table.add_row(name, "" if planned is None else format_bytes(planned * GIB), format_bytes(measured * GIB))
+    for name in _CATEGORIES:
+        if name not in memory["planned"] and name not in memory["measured"][0]:
+            continue
+        planned, measured = memory["planned"].get(name), max((rank[name] for rank in memory["measured"] if name in rank), default=None)
+        table.add_row(name, *("" if number is None else format_bytes(number * GIB) for number in (planned, measured)))
     return table
 
 

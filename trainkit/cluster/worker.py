@@ -68,7 +68,7 @@ class Job:
     eval_steps: int  # optimizer-step-sized pieces of the evaluation set; 0 without one
     attempt: int = 1  # from 1: how often the group was started
     checkpoint: Checkpoint | None = None  # to go on from
-    worked_seconds: float = 0.0  # of commands before this one
+    worked_seconds: float | None = 0.0  # of commands before this one; None: not known
     began: float = field(default_factory=time.time)  # when this one began, in seconds since 1970
 
 
@@ -151,9 +151,9 @@ class Worker:
             stop_requested=self.stop_requested,
             save_requested=self.folder.save_requested,
             begins=self.begins,
+            ends=self.ends,
         )
         outcome = loop.train(engine, self.feeds["train"], self.plan, self.recipe, around, self.begin)
-        self.profiler.close()
         self.saver.wait()
         examples = self.finish(engine, outcome) if outcome.status == "completed" else []
         self.wait_for_copies()
@@ -175,12 +175,17 @@ class Worker:
         self.profiler.begins(step, piece)
         self.heart.begins(step, piece, in_step=piece != loop.DATA_WAIT)
 
+    def ends(self, step: int) -> None:
+        if self.profiler.is_last(step):
+            self.heart.begins(step, "writing the trace", in_step=False)
+        self.profiler.ends(step)
+
     def report(self, record: StepRecord) -> None:
         self.step, self.order = record.step, chain(self.order, record.step_hash)
         self.board.step(record)
         if self.log is not None:
             self.log.append(as_json(record, self.order))
-            if time.monotonic() - self.ranks_told > _RANKS_SECONDS:
+            if time.monotonic() - self.ranks_told > _RANKS_SECONDS or record.step == self.plan.total_steps or record.stop:
                 self.ranks_told = time.monotonic()
                 self.folder.write_ranks([asdict(rank) for rank in record.ranks])
 
@@ -196,7 +201,7 @@ class Worker:
             texts={"plan": f"```text\n{as_lines(plan_text(plan))}\n```", "recipe": f"```yaml\n{recipe_to_yaml(recipe)}```"},
             expected_peak_bytes=plan.expected_peak_bytes,
             kept_seconds=kept,
-            worked_seconds=lambda: self.job.worked_seconds + time.time() - self.job.began,
+            worked_seconds=lambda: 0.0 if self.job.worked_seconds is None else self.job.worked_seconds + time.time() - self.job.began,
         )
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
@@ -298,10 +303,9 @@ class Worker:
             return self.examples.get(step, [])
         self.phase("measuring model/")
         dist.barrier()  # rank 0 may still be moving it
-        began = time.monotonic()
         values, examples = self.measure(engine, target)
         outcome.evaluation = {**(outcome.evaluation or {}), **values}
-        self.board.evaluation(step, values, time.monotonic() - began)
+        self.board.evaluation(step, values)
         self.board.predictions(step, examples)
         return examples
 
@@ -345,6 +349,7 @@ class Worker:
         return out_of_memory(error, self.plan, self.device, self.rank, step, piece, in_micro_batches=in_step or piece == _EVALUATING)
 
     def close(self) -> None:
+        self.profiler.close()
         self.saver.close()
         self.copier.close()
         for feed in self.feeds.values():

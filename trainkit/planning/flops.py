@@ -9,12 +9,14 @@ Recomputed activations (gradient checkpointing) are not counted either.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from trainkit.planning.facts import ModelFacts
 
 _TERA = 1e12
-# Dense bf16 with fp32 accumulation, without sparsity and at boost clocks, from NVIDIA's data sheets. The first that the name holds counts.
+# Dense bf16 with fp32 accumulation, without sparsity and at boost clocks, from NVIDIA's data sheets. The first that stands in the name as
+# a word counts.
 _PEAK_TFLOPS = (
     ("B300", 2250.0),
     ("B200", 2250.0),
@@ -24,6 +26,7 @@ _PEAK_TFLOPS = (
     ("H100 NVL", 835.5),
     ("H100 PCIe", 756.0),
     ("H100", 989.4),
+    ("H800 PCIe", 756.0),
     ("H800", 989.4),
     ("A100", 311.9),
     ("A800", 311.9),
@@ -39,6 +42,9 @@ _PEAK_TFLOPS = (
     ("RTX 4090", 165.2),
     ("RTX 3090", 71.0),
 )
+
+
+_OTHER_CHIPS = re.compile(r"\b(MIG|Laptop|Max-Q|Ti|SUPER|D)\b")  # parts of a GPU, and chips that share a name
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     """FLOP/s of one device in dense matrix products. None where it is not known, and in fp32, whose products torch may round to TF32."""
     if precision not in ("bf16", "fp16"):
         return None
-    return next((tera * _TERA for name, tera in _PEAK_TFLOPS if name in device_name), None)
+    if _OTHER_CHIPS.search(device_name):
+        return None
+    return next((tera * _TERA for name, tera in _PEAK_TFLOPS if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", device_name)), None)
 
 
 def mfu(flops: float, seconds: float, num_devices: int, peak: float | None) -> float | None:

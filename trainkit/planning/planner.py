@@ -67,7 +67,7 @@ class Plan:
     device_memory: int | None = None
     fits: tuple[Fit, ...] = ()  # of the shipped configurations, where the device's memory is known
     activation_bytes_per_token: int | None = None  # at most, per padded token of a micro-batch; None: the model is not known
-    expected_activation_bytes: int | None = None  # at most, on the device, once the data's micro-batches are known
+    expected_activation_bytes: int | None = None  # on the device, at most, in the first steps, once their micro-batches are known
     expected_peak_bytes: int | None = None  # with the model states
     flops: TrainingFlops | None = None  # None: a count would mislead
     peak_flops: float | None = None  # of one device, per second; None: not known
@@ -135,7 +135,7 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
 
 
 def with_micro_batches(plan: Plan, largest_tokens: int) -> Plan:
-    """The plan with its peak on a GPU: the largest micro-batch of the data has so many padded tokens."""
+    """The plan with its peak on a GPU: the largest micro-batch that is known has so many padded tokens."""
     if plan.memory is None or plan.activation_bytes_per_token is None or not plan.use_gpu:
         return plan
     activations = largest_tokens * plan.activation_bytes_per_token

@@ -15,6 +15,7 @@ from typing import Any
 from trainkit.errors import DoesNotFit, OutOfMemory, UsageError
 from trainkit.recipe.reader import read_values
 from trainkit.runs.finding import find_runs
+from trainkit.runs.totals import totals
 from trainkit.units import gib
 
 UNFINISHED = "unfinished"
@@ -117,7 +118,7 @@ def read_row(folder: Path) -> Row:
             curve=_curve(steps),
             notes=tuple(f"{name}: {note}" for note in notes),
         )
-    except (KeyError, TypeError) as fault:
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise UsageError(
             f"{folder}: plan.json, recipe.yaml or summary.json is not as trainkit writes it ({type(fault).__name__}: {fault}). "
             "Leave this run out"
@@ -194,25 +195,8 @@ def _step(line: str) -> dict[str, Any] | None:
 
 
 def _so_far(plan: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """As summary.json would count these steps (cluster/summary.py); what only an end brings is unknown."""
-    samples, tokens, seconds = (sum(step[key] for step in steps) for key in ("samples", "tokens", "seconds"))
-    return {
-        "status": UNFINISHED,
-        "steps": len(steps),
-        "epochs": round(samples / plan["rows"], 4) if plan["rows"] else None,
-        "train_loss": sum(step["loss"] for step in steps) / len(steps) if steps else None,
-        "seconds": seconds,
-        "samples_per_second": samples / seconds if seconds else None,
-        "tokens_per_second": tokens / seconds if seconds else None,
-        "peak_memory_gib": steps[-1].get("peak_memory_gib") if steps else None,
-        "mfu": _mean_mfu(steps),
-        **dict.fromkeys(("wall_seconds", "eval", "error")),
-    }
-
-
-def _mean_mfu(steps: Sequence[Mapping[str, Any]]) -> float | None:
-    told = [step for step in steps if step.get("mfu") is not None]
-    return sum(step["mfu"] * step["seconds"] for step in told) / sum(step["seconds"] for step in told) if told else None
+    """What summary.json would say of these steps; what only an end brings is unknown."""
+    return totals(steps, plan["rows"]) | {"status": UNFINISHED} | dict.fromkeys(("wall_seconds", "eval", "error"))
 
 
 def _curve(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], ...]:

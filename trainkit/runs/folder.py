@@ -13,6 +13,7 @@ beside its place, flushed to the disk, then moved.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -119,7 +120,11 @@ class RunFolder:
         self._write(".ray/worked.json", json.dumps(worked))
 
     def read_worked(self) -> dict[str, Any] | None:
-        return _read_json(self.ray / "worked.json")
+        """None for a run that nobody noted it of. Raises UsageError for a damaged file."""
+        try:
+            return _read_json(self.ray / "worked.json")
+        except ValueError:
+            raise UsageError(f"{self.ray / 'worked.json'}: damaged, not JSON. Remove it; goodput is unknown then") from None
 
     # -- steps -----------------------------------------------------------------------------------------------------------------------
 
@@ -150,12 +155,14 @@ class RunFolder:
             return ""
 
     def write_ranks(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """What each rank measured in the newest step."""
+        """What each rank measured, about once a second and in the last step."""
         write_whole(self.ray / "ranks.json", json.dumps(ranks), durable=False)
 
     def read_ranks(self) -> list[dict[str, Any]]:
-        """Empty before the first step."""
-        return _read_json(self.ray / "ranks.json") or []
+        """Empty before the first step, and where a power cut left half a file: it is for those who watch."""
+        with contextlib.suppress(ValueError):
+            return _read_json(self.ray / "ranks.json") or []
+        return []
 
     def write_note(self, text: str) -> None:
         """Something that the person who waits shall read, and that ends nothing."""
@@ -174,7 +181,7 @@ class RunFolder:
         """Forget what an earlier attempt left behind for the driver; returns the new attempt's number, from 1."""
         shutil.rmtree(self.ray / "errors", ignore_errors=True)
         (self.ray / "errors").mkdir(parents=True)
-        for old in [self.ray / "stop", self.ray / "save", self.ray / "phase", *self.ray.glob("sign-*.json")]:
+        for old in [self.ray / "stop", self.ray / "save", self.ray / "phase", self.ray / "ranks.json", *self.ray.glob("sign-*.json")]:
             old.unlink(missing_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)
         return 1 + sum(1 for _ in self.ray.glob("attempt-*"))

@@ -172,14 +172,14 @@ class Engine:
             buffer.copy_(read(name))
 
     def held(self) -> Held:
-        """Bytes of the parameters and of the optimizer's states, fp32 weights included, on this rank after a step."""
+        """What of this rank's device stays taken from step to step, once a step was applied."""
         parameters = [getattr(p, "ds_tensor", p).detach() for p in self.ds.module.parameters()] + list(self.ds.module.parameters())
         groups = (p for group in self.ds.basic_optimizer.param_groups for p in group["params"])
         states = (value for state in self._optimizer_state.values() for value in state.values() if torch.is_tensor(value))
         seen: set[int] = set()
-        of_parameters, of_optimizer = storage_bytes(parameters, seen), storage_bytes([*groups, *states, *self._fp32_partitions], seen)
-        device, host = self.device.type, "cpu" if self.device.type != "cpu" else ""
-        return Held(of_parameters[device], of_optimizer[device], of_parameters[host], of_optimizer[host])
+        gradients = [] if self.plan.zero_stage < 3 else [self.ds.optimizer.grad_partitions_flat_buffer]
+        held = (storage_bytes(tensors, seen) for tensors in (parameters, [*groups, *states, *self._fp32_partitions], gradients))
+        return Held(*(sizes[self.device.type] for sizes in held))
 
     def close(self) -> None:
         """Free what DeepSpeed holds."""

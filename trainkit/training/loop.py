@@ -45,6 +45,7 @@ class Surroundings:
     stop_requested: Callable[[], bool]
     save_requested: Callable[[], bool] = lambda: False  # a node will go away: save soon, until it is done
     begins: Callable[[int, str], None] = lambda step, piece: None  # a piece of work of a step: whoever begins no more of them hangs
+    ends: Callable[[int], None] = lambda step: None  # all pieces of a step, before an evaluation or a checkpoint
 
 
 @dataclass
@@ -89,6 +90,7 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
             around.begins(step, "the exchange of the step's numbers")
             wishes = around.stop_requested(), around.save_requested()
             before = ledger.submit(Submitted(batch, loss_sum, grad_norm, applied, lr, data_wait, began, stopwatch, *wishes))
+            around.ends(step)
             if _stops(before, plan, outcome):
                 break
             if evaluation_due(step, plan):

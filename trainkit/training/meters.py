@@ -90,7 +90,7 @@ class StepLedger:
         trained = sum(set_hash(micro.sample_ids) for micro in micro_batches) % 2**64
         padded = sum(micro.padded_tokens for micro in micro_batches)
         work = reduce(add, (micro.work for micro in micro_batches), Work())
-        of_rank = self.meters.numbers(work, padded, mine.data_wait_seconds, mine.stopwatch)
+        of_rank = self.meters.numbers(work, padded, mine.data_wait_seconds, mine.stopwatch, mine.applied)
         numbers = [0, 0, mine.applied, mine.stop, mine.save, trained % 2**32, trained >> 32, *vars(of_rank).values()]
         local = torch.tensor(numbers, dtype=torch.float64, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
         local[0] = mine.loss_sum

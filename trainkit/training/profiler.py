@@ -14,6 +14,11 @@ class NoProfiler:
     """Nothing was asked for."""
 
     def begins(self, step: int, piece: str) -> None: ...
+    def is_last(self, step: int) -> bool:
+        """Whether the trace is written when this step is over, which takes a while."""
+        return False
+
+    def ends(self, step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -30,26 +35,41 @@ class Profiler(NoProfiler):
 
     def begins(self, step: int, piece: str) -> None:
         """Called at the beginning of every piece of work of a step."""
-        inside = self.window.start <= step < self.window.start + self.window.steps
-        if self.running:
-            self.range.__exit__(None, None, None)
-        if inside and not self.running:
-            self.profile.start()
-        self.running, ended = inside, self.running and not inside
-        if inside:
+        if self.window.start <= step < self.window.start + self.window.steps:
+            self._start()
+            self._end_range()
             self.range = torch.profiler.record_function(f"step {step}: {piece}")
             self.range.__enter__()
-        if ended:
+
+    def is_last(self, step: int) -> bool:
+        return self.running and step == self.window.start + self.window.steps - 1
+
+    def ends(self, step: int) -> None:
+        """Called after a step, before an evaluation or a checkpoint, which are no part of it."""
+        self._end_range()
+        if step == self.window.start - 1:
+            self._start()  # not in the step: that takes a second
+        elif self.is_last(step):
             self._write()
 
     def close(self) -> None:
         """A window that the run's end cuts off is written as well."""
+        self._end_range()
         if self.running:
-            self.range.__exit__(None, None, None)
-            self.running = False
             self._write()
 
+    def _start(self) -> None:
+        if not self.running:
+            self.profile.start()
+            self.running = True
+
+    def _end_range(self) -> None:
+        if self.range is not None:
+            self.range.__exit__(None, None, None)
+            self.range = None
+
     def _write(self) -> None:
+        self.running = False
         self.profile.stop()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.profile.export_chrome_trace(str(self.path))

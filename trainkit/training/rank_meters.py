@@ -40,9 +40,9 @@ class RankNumbers:
     host_bytes: int  # resident set of the process
     parameter_bytes: int  # of the device, like the following ones
     optimizer_bytes: int
-    bucket_bytes: int  # buckets, and what else stays between two steps
-    gradient_bytes: int  # more than stays, after the last backward
-    activation_bytes: int  # what the largest forward of the step left for its backward
+    gradient_bytes: int  # after a step's last backward, at most so far
+    activation_bytes: int  # what a forward left for its backward, at most so far
+    other_bytes: int  # what else stays between two steps
     gpu_utilization: float  # share of the last second in which a kernel ran; like the following ones NaN where no GPU says it
     gpu_watts: float
     gpu_celsius: float
@@ -92,18 +92,22 @@ class RankMeters:
     """Puts together a rank's numbers. Close it at the end."""
 
     def __init__(self, device: torch.device, held: Callable[[], Held], flops: Callable[[Work], float]):
-        """held: asked once, after the first step, when the optimizer has its states."""
+        """held: asked after each step until one was applied: then the optimizer has its states."""
         self.device, self.flops, self._ask_held = device, flops, held
-        self.held: Held | None = None
+        self.held, self.whole = Held(), False
+        self.gradient_bytes = self.activation_bytes = 0
         self.process = psutil.Process()
         self.sensors = Sensors(device) if device.type == "cuda" else NoSensors()
 
-    def numbers(self, work: Work, padded_tokens: int, data_wait_seconds: float, stopwatch: Stopwatch) -> RankNumbers:
-        if self.held is None:
-            self.held = self._ask_held()
+    def numbers(self, work: Work, padded_tokens: int, data_wait_seconds: float, stopwatch: Stopwatch, applied: bool) -> RankNumbers:
+        """Of the step that has just ended. applied: the optimizer changed the weights (fp16 skips steps)."""
+        stays = self.held.total  # of what was there before this step
+        if not self.whole:
+            self.held, self.whole = self._ask_held(), applied
+        self.gradient_bytes = max(self.gradient_bytes, self.held.gradients + stopwatch.gradient_bytes)
+        self.activation_bytes = max(self.activation_bytes, stopwatch.activation_bytes)
         resident = self.process.memory_info().rss
         peak, peak_reserved, allocated, reserved = device_bytes(self.device, self.process)
-        states = self.held.parameters + self.held.optimizer
         utilization, watts, celsius = self.sensors.last
         return RankNumbers(
             tokens=work.tokens,
@@ -117,9 +121,9 @@ class RankMeters:
             host_bytes=resident,
             parameter_bytes=self.held.parameters,
             optimizer_bytes=self.held.optimizer,
-            bucket_bytes=max(0, stopwatch.base_bytes - states),  # less than the states before the first step
-            gradient_bytes=stopwatch.gradient_bytes,
-            activation_bytes=stopwatch.activation_bytes,
+            gradient_bytes=self.gradient_bytes,
+            activation_bytes=self.activation_bytes,
+            other_bytes=stopwatch.base_bytes - stays if stays else 0,
             gpu_utilization=utilization,
             gpu_watts=watts,
             gpu_celsius=celsius,
@@ -154,7 +158,7 @@ class NoSensors:
 
 
 class Sensors(NoSensors):
-    """Utilization (0 to 1), power in W and temperature in °C of one GPU, asked once a second by a thread."""
+    """Utilization (0 to 1), power in W and temperature in °C of one GPU, asked once a second by a thread; NaN what it does not say."""
 
     def __init__(self, device: torch.device):
         self.ended = threading.Event()
@@ -168,12 +172,21 @@ class Sensors(NoSensors):
     def _watch(self, uuid: str) -> None:
         import pynvml
 
-        with contextlib.suppress(pynvml.NVMLError):  # no driver library here, or a GPU that does not say: the readings stay NaN
+        with contextlib.suppress(pynvml.NVMLError):  # no driver library here, or a part of a GPU
             pynvml.nvmlInit()
             gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            asked: tuple[Callable[[], float], ...] = (
+                lambda: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
+                lambda: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+                lambda: float(pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),
+            )
             while not self.ended.wait(_SENSOR_SECONDS):
-                self.last = (
-                    pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
-                    pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
-                    float(pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),
-                )
+                utilization, watts, celsius = (_or_nan(one, pynvml.NVMLError) for one in asked)
+                self.last = utilization, watts, celsius
+
+
+def _or_nan(ask: Callable[[], float], refused: type[Exception]) -> float:
+    try:
+        return ask()
+    except refused:
+        return math.nan

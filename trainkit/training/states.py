@@ -82,12 +82,15 @@ def joined(pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> Tensors:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of tensors that live as long as the engine, on the device and on the host."""
+    """Bytes on the device of tensors that live as long as the engine."""
 
     parameters: int = 0
-    optimizer: int = 0
-    host_parameters: int = 0
-    host_optimizer: int = 0
+    optimizer: int = 0  # its states, fp32 weights included
+    gradients: int = 0  # of a buffer that is kept from step to step
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.gradients
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> Counter[str]:

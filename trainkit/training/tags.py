@@ -77,10 +77,10 @@ _GPU_TAGS = (
     RankTag("memory/allocated_gib", "GiB of tensors between two steps.", lambda r: gib(r.allocated_bytes)),
     RankTag("memory/reserved_gib", "GiB that torch's allocator holds between two steps.", lambda r: gib(r.reserved_bytes)),
     RankTag("memory/parameters_gib", "GiB of parameters on the GPU.", lambda r: gib(r.parameter_bytes)),
-    RankTag("memory/gradients_gib", "GiB of gradients after the step's last backward.", lambda r: gib(r.gradient_bytes)),
+    RankTag("memory/gradients_gib", "GiB of gradients after a step's last backward, at most so far.", lambda r: gib(r.gradient_bytes)),
     RankTag("memory/optimizer_gib", "GiB of optimizer states and fp32 weights on the GPU.", lambda r: gib(r.optimizer_bytes)),
-    RankTag("memory/activations_gib", "GiB that the step's largest forward left for its backward.", lambda r: gib(r.activation_bytes)),
-    RankTag("memory/buckets_gib", "GiB of buckets and of all else that stays between two steps.", lambda r: gib(r.bucket_bytes)),
+    RankTag("memory/activations_gib", "GiB that a forward left for its backward, at most so far.", lambda r: gib(r.activation_bytes)),
+    RankTag("memory/other_gib", "GiB of all else that stays between two steps.", lambda r: gib(r.other_bytes)),
     RankTag("memory/host_gib", "GiB of the worker process that are resident on the host.", lambda r: gib(r.host_bytes)),
     RankTag("gpu/utilization", "Share (0 to 1) of the last second in which a kernel ran, by NVML.", lambda r: _measured(r.gpu_utilization)),
     RankTag("gpu/power_watts", "Power in W, by NVML.", lambda r: _measured(r.gpu_watts)),
@@ -91,7 +91,7 @@ _CPU_TAGS = (
     RankTag("memory/rss_gib", "GiB of the worker process that are resident after the step.", lambda r: gib(r.host_bytes)),
 )
 OTHER_TAGS = {
-    "memory/planned_peak_gib": "GiB on one device that the plan expects at the fullest moment: states, buckets, and activations at most.",
+    "memory/planned_peak_gib": "GiB on one device that the plan expects at the fullest moment, from the first 32 steps' micro-batches.",
     "throughput/samples_per_second_smoothed": "Rows per second over the last 20 steps.",
     "throughput/tokens_per_second_smoothed": "Real tokens per second over the last 20 steps.",
     "throughput/goodput": "Share (0 to 1) of all the time that commands worked on this run, starts and repeated steps included, "
@@ -127,7 +127,7 @@ def page(use_gpu: bool) -> dict[str, dict[str, list[object]]]:
     fits = {
         "peak memory of each rank, and the plan's (GiB)": chart(f"memory/peak_allocated_gib{ranks}", "memory/planned_peak_gib"),
         "reserved by the allocator (GiB)": chart(f"memory/peak_reserved_gib{ranks}", f"memory/reserved_gib{ranks}"),
-        "what it holds (GiB)": chart(rf"memory/(parameters|gradients|optimizer|activations|buckets)_gib{ranks}"),
+        "what it holds (GiB)": chart(rf"memory/(parameters|gradients|optimizer|activations|other)_gib{ranks}"),
     }
     if not use_gpu:
         fits = {"resident memory of each rank (GiB)": chart(f"memory/peak_rss_gib{ranks}", f"memory/rss_gib{ranks}")}
