@@ -6,10 +6,12 @@ unknown: 0 for numbers that training counts with, None for the rest; such a plan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainkit.errors import CapacityError, Fault, RecipeError
+from trainkit.markup import html, plain
 from trainkit.planning.deepspeed_config import resolve
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
 from trainkit.planning.memory import BIASED_ATTENTION, CATEGORIES, Memory, activation_bytes_per_token, model_state_bytes
@@ -69,6 +71,23 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """For plan.json."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Plan:
+        """Of plan.json. Raises TypeError or KeyError for one of another version."""
+        memory, fits = values["memory"], tuple(Fit(**fit) for fit in values["fits"])
+        return cls(**{**values, "memory": None if memory is None else Memory(**memory), "fits": fits, "notes": tuple(values["notes"])})
+
+    def __repr__(self) -> str:
+        """The plan as `trainkit plan` prints it."""
+        from trainkit.planning.show import plan_text
+
+        return plain(plan_text(self))
+
+    def _repr_html_(self) -> str:
+        from trainkit.planning.show import plan_text
+
+        return html(plan_text(self))
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,18 @@ class Lock:
         return True
 
 
+def is_locked(path: Path) -> bool:
+    """Whether some process holds this Lock. Asking takes it for an instant, shared, so two that ask do not see each other."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def write_whole(path: Path, text: str, durable: bool = True) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part; `durable` waits for the disk."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -60,17 +72,28 @@ def write_whole(path: Path, text: str, durable: bool = True) -> None:
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
     """Of a file of JSON lines, up to the first that is cut off."""
+    return lines_until_damage(path)[0]
+
+
+def lines_until_damage(path: Path) -> tuple[list[dict[str, Any]], int | None]:
+    """The lines before the first that cannot be read, and the number of that one, from 1; None if all can.
+
+    What stands behind the last line's end is being written, or was when its writer was killed, and is no damage.
+    """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8", errors="replace")
     except FileNotFoundError:
-        return []
-    lines = []
-    for line in text[: text.rfind("\n") + 1].splitlines():
+        return [], None
+    lines: list[dict[str, Any]] = []
+    for line in text[: text.rfind("\n") + 1].split("\n")[:-1]:
         try:
-            lines.append(json.loads(line))
+            value = json.loads(line)
         except ValueError:  # a machine that lost its power leaves anything behind
-            break
-    return lines
+            return lines, len(lines) + 1
+        if not isinstance(value, dict):
+            return lines, len(lines) + 1
+        lines.append(value)
+    return lines, None
 
 
 def linked(source: str | Path, target: str | Path) -> None:
