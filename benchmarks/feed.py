@@ -48,7 +48,7 @@ from trainkit.data.batches import Budget
 from trainkit.data.distributor import Feeding, make_distributor
 from trainkit.data.feed import CALL_BYTES, Feed, Padding, Source
 from trainkit.data.wire import WireCall
-from trainkit.recipe.schema import Recipe, Scaling
+from trainkit.recipe.schema import Recipe, Scaling, Train
 
 ROWS = 32  # of a micro-batch
 WARM_UP = 512  # as fast as can be, so that nothing that was read ahead before is left
@@ -273,7 +273,7 @@ def main() -> None:
     batches = parser.parse_args().batches
     warnings.filterwarnings("ignore")  # the arrays are read-only, and nobody writes
     rounds: dict[tuple[str, str], list[dict[str, float]]] = {}
-    settings = environment_settings(Recipe.model_construct(scaling=Scaling(use_gpu=False)), local=True)  # type: ignore[call-arg]
+    settings = environment_settings(Recipe.model_construct(scaling=Scaling(use_gpu=False), train=Train(max_steps=1)), local=True)  # type: ignore[call-arg]
     with (
         tempfile.TemporaryDirectory(prefix="trainkit-feed-") as folder,
         environment(settings),

@@ -5,6 +5,7 @@
     run = trainkit.train(recipe)      # beside this process
     run.watch()
     trainkit.open_run("runs/quickstart-1").plot()
+    trainkit.compare("runs")
 
 Names are loaded when they are first used: importing trainkit loads neither torch nor ray.
 """
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainkit.recipe.reader import read_recipe as load_recipe
     from trainkit.recipe.schema import Recipe
-    from trainkit.runs.notebook import open_run, plan, train
+    from trainkit.runs.notebook import compare, open_run, plan, train
 
-__all__ = ["Recipe", "load_recipe", "open_run", "plan", "train"]
+__all__ = ["Recipe", "compare", "load_recipe", "open_run", "plan", "train"]
 
 _HOMES = {
     "Recipe": ("trainkit.recipe.schema", "Recipe"),
+    "compare": ("trainkit.runs.notebook", "compare"),
     "load_recipe": ("trainkit.recipe.reader", "read_recipe"),
     "open_run": ("trainkit.runs.notebook", "open_run"),
     "plan": ("trainkit.runs.notebook", "plan"),

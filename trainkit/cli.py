@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -81,7 +81,32 @@ def export(
     Console().print(f"merged model {merge_adapter(run)}", highlight=False, soft_wrap=True)
 
 
-VERBS: dict[str, Callable[..., None]] = {"run": run, "plan": plan, "export": export}
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run folders, or folders of them.", show_default=False)],
+    form: Annotated[Literal["text", "markdown", "csv"], typer.Option("--format", help="How the table is written.")] = "text",
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also write losses, speed and memory as a PNG.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print what runs came to, side by side: technique, seconds, samples/s, memory, loss. Runs that ran out of memory are rows too."""
+    from trainkit.runs import tables
+    from trainkit.runs.compare import read_rows
+    from trainkit.runs.plot import write_plot
+
+    rows, notes = read_rows(runs)
+    if form == "text":
+        console = Console() if sys.stdout.isatty() else Console(width=tables.MOST_WIDTH)
+        console.print(tables.as_text(rows, notes, console.width), highlight=False)
+    elif form == "markdown":
+        print(tables.as_markdown(rows, notes), end="")
+    else:
+        print(tables.as_csv(rows), end="")
+        for note in notes:
+            print(note, file=sys.stderr)
+    if plot is not None:
+        write_plot(rows, plot)
+
+
+VERBS: dict[str, Callable[..., None]] = {"run": run, "plan": plan, "export": export, "compare": compare}
 for _name, _verb in VERBS.items():
     app.command(_name)(_verb)
 

@@ -5,6 +5,7 @@
     ├── UsageError         2   an option, a run name or a folder is wrong
     ├── DataError          2   the data, the tokenizer or the model folder is wrong
     ├── CapacityError      3   it does not fit, or the cluster has too few GPUs or CPUs
+    │   └── DoesNotFit         the plan's model states exceed the device's memory
     ├── TrainingError      4   training started and failed
     │   ├── NonFiniteError     a loss or gradient is NaN or infinite, or DeepSpeed skipped the step
     │   ├── OutOfMemory        3   a GPU or a host has no memory left: it does not fit
@@ -79,6 +80,10 @@ class DataError(TrainkitError):
 
 class CapacityError(TrainkitError):
     exit_code = 3
+
+
+class DoesNotFit(CapacityError):
+    """Facts: device, memory_bytes, fitting."""
 
 
 class TrainingError(TrainkitError):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from trainkit.data.feed import MicroBatch
 from trainkit.planning.facts import DataFacts, Hardware
+from trainkit.planning.flops import Work
 from trainkit.planning.planner import make_plan
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.zero import read_zero
@@ -28,7 +29,7 @@ from trainkit.training.model import build_model, model_facts
 def tiny_batch(device: torch.device) -> MicroBatch:
     """One row of 8 tokens: next to no activations, so that what is left are the model states."""
     ids = torch.full((1, 8), 5, device=device)
-    return MicroBatch(0, np.zeros(1, np.int64), ids, torch.ones_like(ids), ids.clone(), None, 16, 16)
+    return MicroBatch(0, np.zeros(1, np.int64), ids, torch.ones_like(ids), ids.clone(), None, Work(8, 8), 16)
 
 
 def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:

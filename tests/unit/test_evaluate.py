@@ -23,6 +23,7 @@ from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.inference import evaluate, predict
 from trainkit.inference.evaluate import Rank, evaluate_loss, evaluate_metrics
 from trainkit.inference.predict import batches
+from trainkit.planning.flops import Work
 from trainkit.training.model import TASKS
 
 CPU = torch.device("cpu")
@@ -138,7 +139,7 @@ def feed_of(*steps: tuple[int, list[float]]) -> Any:
     def micro_batches(step: int) -> StepBatch:
         labels, losses = steps[step - 1]
         ids = [torch.tensor([[loss]]) for loss in losses]
-        micro = [MicroBatch(0, np.arange(1), one, one, one, None, tokens=1, padded_tokens=1) for one in ids]
+        micro = [MicroBatch(0, np.arange(1), one, one, one, None, Work(1), padded_tokens=1) for one in ids]
         return StepBatch(step, 0, len(losses), labels, len(losses), micro)
 
     return SimpleNamespace(micro_batches=micro_batches)

@@ -24,6 +24,7 @@ from trainkit.errors import DataError, ExportMismatch, TrainingError, UsageError
 from trainkit.inference import export
 from trainkit.inference.export import compare_logits, compare_tensors, export_model, link_model, merge_adapter, move_model
 from trainkit.inference.predict import load_plain, predict
+from trainkit.planning.flops import Work
 from trainkit.recipe.reader import recipe_to_yaml
 from trainkit.recipe.schema import Recipe
 from trainkit.training.model import DTYPES, TASKS, build_model, write_first_weights
@@ -92,7 +93,7 @@ def batch_of(task: str) -> MicroBatch:
     ids, mask = torch.randint(3, 63, (6, 16), generator=generator), torch.ones(6, 16, dtype=torch.long)
     ids[2:, 5:], mask[2:, 5:] = 0, 0
     labels = torch.arange(6) % 3 if task == "classification" else torch.where(mask.bool(), ids, -100)
-    return MicroBatch(0, np.arange(6), ids, mask, labels, None, tokens=int(mask.sum()), padded_tokens=ids.numel())
+    return MicroBatch(0, np.arange(6), ids, mask, labels, None, Work(int(mask.sum())), padded_tokens=ids.numel())
 
 
 class Run:

@@ -12,6 +12,7 @@ from trainkit.data.batches import Shape
 from trainkit.data.feed import Feed, Padding, Source, rectangle
 from trainkit.data.wire import WireCall, WireMicroBatch
 from trainkit.errors import DataError, TrainingError
+from trainkit.planning.flops import Work
 
 CPU = torch.device("cpu")
 PADDING = Padding("seq2seq", pad_id=0, eos_id=1)
@@ -65,7 +66,7 @@ def test_padding_is_masked_by_position_never_by_id() -> None:
     assert batch.input_ids.tolist() == [[5, 0, 1, 0], [6, 0, 0, 0]]
     assert batch.attention_mask is not None and batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
     assert batch.labels.tolist() == [[9, 1, -100], [0, 0, 1]]
-    assert batch.tokens == 4 + 5 and batch.padded_tokens == 2 * (4 + 3)
+    assert batch.work == Work(4, 5, 9 + 1, 4 + 9, 3 * 2 + 1 * 3) and batch.padded_tokens == 2 * (4 + 3)
 
 
 @pytest.mark.parametrize("task", ["seq2seq", "causal", "classification"])
@@ -77,12 +78,12 @@ def test_rows_of_padding_are_one_eos_and_count_nothing(task: str, rows: list[lis
     assert batch.attention_mask is not None and batch.input_ids.shape == batch.attention_mask.shape == (3, 8)
     assert (batch.input_ids[real:, 0] == 1).all() and (batch.attention_mask[real:].sum(dim=1) == 1).all()
     assert set(batch.labels[real:].flatten().tolist()) == {-100} and len(batch.labels) == 3
-    assert len(batch.sample_ids) == real and batch.tokens == (0 if not rows else 4 if task == "seq2seq" else 2)
+    assert len(batch.sample_ids) == real and batch.work.tokens == (0 if not rows else 4 if task == "seq2seq" else 2)
 
 
 def test_classification_labels_are_one_number_a_row() -> None:
     batch = Padding("classification", pad_id=0, eos_id=1).micro_batch(wire([[5], [6, 7]], [[2], [0]], Shape(2, 8, 0)))
-    assert batch.labels.tolist() == [2, 0] and batch.tokens == 3
+    assert batch.labels.tolist() == [2, 0] and batch.work.tokens == 3
 
 
 def test_packed_rows_start_anew_and_learn_nothing_of_each_other() -> None:
@@ -92,14 +93,14 @@ def test_packed_rows_start_anew_and_learn_nothing_of_each_other() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1], [4, 1, 1, 1, 1, 1]] and batch.attention_mask is None
     assert batch.position_ids is not None and batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]
     assert batch.labels.tolist() == [[-100, 6, 7, -100, 9, -100], [-100] * 6]
-    assert (batch.tokens, batch.padded_tokens) == (6, 12)
+    assert (batch.work.tokens, batch.padded_tokens) == (6, 12)
 
 
 def test_a_packed_micro_batch_may_have_empty_sequences() -> None:
     batch = Padding("causal", pad_id=0, eos_id=1).micro_batch(wire([[5, 6]], [[5, 6]], Shape(3, 2, 0), [0, 1, 0]))
     assert batch.input_ids.tolist() == [[1, 1], [5, 6], [1, 1]] and batch.labels.tolist() == [[-100, -100], [-100, 6], [-100, -100]]
     nothing = Padding("causal", pad_id=0, eos_id=1).micro_batch(wire([], [], Shape(1, 8, 0), [0]))
-    assert nothing.labels.unique().tolist() == [-100] and nothing.tokens == 0
+    assert nothing.labels.unique().tolist() == [-100] and nothing.work == Work()
 
 
 def test_rows_keep_their_values_whatever_their_lengths() -> None:

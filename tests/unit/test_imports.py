@@ -23,6 +23,7 @@ OWNERS = {
     "accelerate": ["training/model.py"],
     "typer": ["cli.py"],
     "fsspec": ["runs/copies.py"],
+    "matplotlib": ["runs/picture.py", "runs/plot.py", "runs/plot_run.py"],
 }
 PLAN = """
 from trainkit.cli import main
@@ -110,3 +111,7 @@ def test_importing_trainkit_loads_nothing_heavy() -> None:
 
 def test_the_plan_loads_neither_ray_nor_deepspeed() -> None:
     assert loaded_after(PLAN, "ray", "deepspeed") == []
+
+
+def test_comparing_runs_loads_no_library_of_training_and_no_pictures() -> None:
+    assert loaded_after("import trainkit.runs.compare, trainkit.runs.tables, trainkit.runs.plot", "torch", "ray", "matplotlib") == []

@@ -16,8 +16,10 @@ import torch.distributed as dist
 from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.data.order import set_hash
 from trainkit.errors import NonFiniteError
+from trainkit.planning.flops import TrainingFlops, Work
 from trainkit.training.loop import Outcome, Surroundings, forward_and_backward, learning_rate, train
 from trainkit.training.meters import StepRecord
+from trainkit.training.states import Held
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,7 @@ def one_rank() -> Iterator[None]:
 
 def micro_batch(index: int, rows: int) -> MicroBatch:
     ids = torch.ones(rows, 8, dtype=torch.long)
-    return MicroBatch(index, np.arange(rows) + 10 * index, ids, ids, ids, None, tokens=rows * 6, padded_tokens=rows * 16)
+    return MicroBatch(index, np.arange(rows) + 10 * index, ids, ids, ids, None, Work(rows * 4, rows * 2), padded_tokens=rows * 16)
 
 
 class Feed:
@@ -57,6 +59,9 @@ class Engine:
     def backward(self, sum_loss: torch.Tensor, label_tokens: int, last: bool) -> None:
         self.backwards.append((label_tokens, last))
 
+    def held(self) -> Held:
+        return Held(parameters=4, optimizer=8)
+
     def step(self, lr: float) -> tuple[float, bool]:
         self.steps += 1
         self.rates.append(lr)
@@ -70,8 +75,9 @@ def run(
     keys = {"seed": 1, "metric_for_best_model": None, "early_stopping_patience": None} | train_keys
     recipe = SimpleNamespace(train=SimpleNamespace(**keys), optimizer=SimpleNamespace(lr=0.1, lr_scheduler_type="constant"))
     plan = SimpleNamespace(
-        world_size=1, total_steps=steps, warmup_steps=0, eval_every=2 if evaluations else 0, save_every=save_every, precision="fp32"
-    )
+        world_size=1, total_steps=steps, warmup_steps=0, eval_every=2 if evaluations else 0, save_every=save_every, precision="fp32",
+        flops=TrainingFlops(5, 3, 0, 0, 0), peak_flops=1000.0,
+    )  # fmt: skip
     kept: list[int] = []
     values = iter(evaluations or [])
     around = Surroundings(
@@ -88,6 +94,12 @@ def test_every_step_is_reported_once_with_the_sums_over_its_micro_batches() -> N
     engine, records = Engine(), list[StepRecord]()
     outcome, _ = run(engine, records)
     assert [record.step for record in records] == [1, 2, 3, 4, 5] and outcome.status == "completed" and outcome.steps == 5
+    record = records[-1]
+    assert list(record.piece_seconds) == ["forward", "backward", "optimizer"] and sum(record.piece_seconds.values()) <= record.seconds
+    assert record.mfu == pytest.approx((5 * 20 + 3 * 10) / (record.seconds * 1000)), (
+        "FLOPs of the real tokens over what the device could do"
+    )
+    assert [(rank.tokens, rank.parameter_bytes, rank.optimizer_bytes) for rank in record.ranks] == [(30, 4, 8)]
     record = records[0]
     assert (record.loss, record.samples, record.tokens, record.grad_norm) == (5 / 20, 5, 30, 2.0)
     assert record.padding_fraction == pytest.approx(1 - 30 / 80)

@@ -15,6 +15,7 @@ from trainkit.data.batches import Shape
 from trainkit.data.feed import MicroBatch, Padding
 from trainkit.data.wire import WireMicroBatch
 from trainkit.errors import DataError
+from trainkit.planning.flops import Work
 from trainkit.recipe.schema import Recipe
 from trainkit.training.model import TASKS, build_model, check_packing, load_config, model_facts, write_first_weights
 
@@ -120,7 +121,7 @@ def test_the_sum_over_its_labels_is_the_loss_that_transformers_computes(
     mask[1, 6:] = 0
     labels = torch.tensor([2, 0, 1, 1]) if task == "classification" else ids.masked_fill(mask == 0, -100)
     counted = (labels[:, 1:] if task == "causal" else labels) != -100
-    batch = MicroBatch(0, np.arange(4), ids, mask, labels, None, 0, 0)
+    batch = MicroBatch(0, np.arange(4), ids, mask, labels, None, Work(), 0)
     with torch.no_grad():
         ours = TASKS[task].sum_loss(TASKS[task].logits(model, batch), labels) / counted.sum()
         theirs = model(input_ids=ids, attention_mask=mask, labels=labels).loss

@@ -62,7 +62,7 @@ def faults(make: Callable[[], object]) -> list[str]:
 
 
 def test_the_names_for_notebooks_are_these() -> None:
-    assert trainkit.__all__ == ["Recipe", "load_recipe", "open_run", "plan", "train"]
+    assert trainkit.__all__ == ["Recipe", "compare", "load_recipe", "open_run", "plan", "train"]
     assert set(trainkit.__all__) <= set(dir(trainkit)) and all(callable(getattr(trainkit, name)) for name in trainkit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         trainkit.__getattr__("trian")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -18,15 +19,16 @@ from trainkit.errors import RecipeError, UsageError
 from trainkit.recipe.reader import recipe_to_yaml
 from trainkit.runs import watching
 from trainkit.runs.folder import RunFolder, StepLog
-from trainkit.runs.opened import Run
-from trainkit.runs.plots import NAMED_RANKS, run_picture
+from trainkit.runs.opened import Run, _flat
+from trainkit.runs.plot_run import NAMED_RANKS, run_picture
 
 QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"
 SUMMARY: dict[str, Any] = {"status": "completed", "steps": 3, "eval": {"step": 3, "loss": 0.5, "exact_match": 0.25}, "error": None}
 
 
 def step(number: int, **changed: Any) -> dict[str, Any]:
-    return {"step": number, "loss": 4.0 / number, "tokens": 100 * number, "seconds": 0.5, "peak_memory_gib": [0.5, 0.25]} | changed
+    peaks = {"peak_memory_gib": [0.5, 0.25], "piece_seconds": {"forward": 0.25}, "mfu": None}
+    return {"step": number, "loss": 4.0 / number, "samples": 8, "tokens": 100 * number, "seconds": 0.5} | peaks | changed
 
 
 @pytest.fixture
@@ -59,6 +61,7 @@ def test_a_finished_run_is_there_as_frames(folder: RunFolder) -> None:
     assert run.recipe == trainkit.load_recipe(QUICKSTART) and run.plan == trainkit.plan(QUICKSTART) and run.summary == SUMMARY
     assert run.steps.index.name == "step" and run.steps["loss"].to_list() == [4.0, 2.0, 4 / 3]
     assert run.steps[["peak_memory_gib/rank_0", "peak_memory_gib/rank_1"]].iloc[-1].to_list() == [0.5, 0.25]
+    assert run.steps["piece_seconds/forward"].to_list() == [0.25] * 3
     assert run.evaluations.to_dict("index") == {3: {"loss": 0.5, "exact_match": 0.25}}, "without curves the last one"
 
 
@@ -111,12 +114,12 @@ def test_a_run_shows_where_it_stands_and_lies(folder: RunFolder) -> None:
 # What is damaged, or not there
 
 
-def test_a_damaged_line_is_warned_of_and_the_steps_before_it_are_there(folder: RunFolder) -> None:
+def test_a_damaged_line_is_warned_of_and_left_out(folder: RunFolder) -> None:
     lines = folder.steps_path.read_text().splitlines()
     for damaged in ('{"step": 2, "lo', "\x00\x00", "null"):
         folder.steps_path.write_text("\n".join([lines[0], damaged, lines[2]]) + "\n")
-        with pytest.warns(UserWarning, match=r"steps\.jsonl: line 2 cannot be read; the steps from there on are left out"):
-            assert trainkit.open_run(folder.path).steps.index.to_list() == [1]
+        with pytest.warns(UserWarning, match=r"quickstart-1: steps\.jsonl:2 is damaged and left out"):
+            assert trainkit.open_run(folder.path).steps.index.to_list() == [1, 3]
 
 
 @pytest.mark.filterwarnings("error")
@@ -168,9 +171,7 @@ def test_what_is_no_run_folder_is_told_with_the_runs_that_are_near(folder: RunFo
 
 
 def frame(*steps: dict[str, Any]) -> pandas.DataFrame:
-    rows = [{key: value for key, value in one.items() if key != "peak_memory_gib"}
-            | {f"peak_memory_gib/rank_{rank}": peak for rank, peak in enumerate(one["peak_memory_gib"])} for one in steps]  # fmt: skip
-    return pandas.DataFrame(rows).set_index("step")
+    return pandas.DataFrame([_flat(one) for one in steps]).set_index("step")
 
 
 def labels(axes: Any) -> list[str]:
@@ -193,10 +194,31 @@ def test_a_nan_is_shown_as_a_nan() -> None:
 
 def test_on_a_gpu_the_plan_is_drawn_beside_the_peaks_and_many_ranks_are_drawn_alike() -> None:
     *_, memory = run_picture(frame(step(1)), planned_gib=0.75).axes
-    assert labels(memory) == ["rank 0", "rank 1", "model states as planned"] and "GPU" in memory.get_title()
+    assert labels(memory) == ["rank 0", "rank 1", "planned"] and "GPU" in memory.get_title()
     assert memory.lines[0].get_marker() == "o", "one step alone makes no line"
     *_, memory = run_picture(frame(step(1, peak_memory_gib=[0.5] * (NAMED_RANKS + 1)))).axes
     assert labels(memory) == [f"{NAMED_RANKS + 1} ranks"]
+
+
+# Beside each other
+
+
+def test_runs_are_compared_as_table_frame_and_picture(folder: RunFolder) -> None:
+    other = RunFolder.create(folder.path.parent, "quickstart")
+    shutil.copytree(folder.path, other.path, dirs_exist_ok=True)
+    (other.path / "summary.json").unlink()
+    totals = {"epochs": 0.1, "samples": 24, "tokens": 600, "train_loss": 2.5, "seconds": 1.5, "wall_seconds": 9.0, "mfu": None}
+    totals |= {"samples_per_second": 16.0, "tokens_per_second": 400.0, "peak_memory_gib": [0.5, 0.25]}
+    folder.write_summary(SUMMARY | totals)
+    found = trainkit.compare(trainkit.open_run(folder.path), "runs/quickstart-2")
+    assert found.frame["status"].to_dict() == {"quickstart-1": "completed", "quickstart-2": "unfinished"}
+    assert found.frame.loc["quickstart-1", "eval_loss"] == 0.5 and found.frame["train_loss"].notna().all()
+    assert "quickstart-2" in repr(found) and "no summary.json: it is still running" in repr(found)
+    assert "<td" in found._repr_html_() and "unfinished" in found._repr_html_()
+    assert found.plot()._repr_png_().startswith(b"\x89PNG")
+    assert trainkit.compare("runs").frame.equals(found.frame)
+    with pytest.raises(UsageError, match="no such run folder"):
+        trainkit.compare("nowhere")
 
 
 # Watching

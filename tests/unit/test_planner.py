@@ -16,10 +16,10 @@ from test_memory import recipe_of, t5_large
 
 from trainkit.data import batches
 from trainkit.data.catalogue import Catalogues
-from trainkit.errors import CapacityError, RecipeError
+from trainkit.errors import DoesNotFit, RecipeError
 from trainkit.planning import planner
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts, Parameter
-from trainkit.planning.planner import Plan, make_plan
+from trainkit.planning.planner import Plan, make_plan, with_micro_batches
 from trainkit.planning.show import batch_equation, fits_table, plan_text, step_equation
 from trainkit.recipe.zero import SHIPPED, read_zero
 from trainkit.units import GIB
@@ -159,14 +159,14 @@ def test_a_gpu_of_unknown_size_gets_one_micro_batch_and_a_note() -> None:
 
 
 def test_too_small_a_gpu_is_refused_with_the_way_out() -> None:
-    with pytest.raises(CapacityError) as refused:
+    with pytest.raises(DoesNotFit) as refused:
         plan_of("zero0", gpu(10))
     message = refused.value.message
     assert refused.value.exit_code == 3
     assert "parameters 1.37 GiB" in message and "optimizer 8.24 GiB" in message and "10 GiB" in message
     assert "zero3" in message and "zero0 (" not in message
     assert plan_of(refused.value.facts["fitting"][0], gpu(10)).device_memory == 10 * GIB, "what it names does fit"
-    with pytest.raises(CapacityError, match="No shipped ZeRO configuration fits"):
+    with pytest.raises(DoesNotFit, match="No shipped ZeRO configuration fits"):
         plan_of("zero3_offload", gpu(0.25))
 
 
@@ -261,3 +261,20 @@ def test_gradients_in_round_robin_order_are_switched_off_and_said() -> None:
     plan = make_plan(recipe, read_zero(section), t5_large(), DataFacts(1000, None), gpu(80))
     assert plan.ds_config["zero_optimization"]["round_robin_gradients"] is False
     assert any("round_robin_gradients" in note and "false here" in note for note in plan.notes)
+
+
+def test_the_data_makes_the_peak_known() -> None:
+    plan = plan_of("zero1", gpu(80))
+    assert plan.expected_peak_bytes is None and plan.memory is not None and plan.activation_bytes_per_token is not None
+    known = with_micro_batches(plan, 1000)
+    assert known.expected_activation_bytes == 1000 * plan.activation_bytes_per_token
+    assert known.expected_peak_bytes == sum(plan.memory.device.values()) + 1000 * plan.activation_bytes_per_token
+    assert with_micro_batches(plan, 0).expected_peak_bytes == plan.memory.device_total, "the optimizer step may be the fullest moment"
+    on_cpu = plan_of("zero1", scaling={"num_workers": 2, "use_gpu": False})
+    assert with_micro_batches(on_cpu, 1000) == on_cpu, "a CPU has no memory of its own to fill"
+
+
+def test_a_trace_after_the_end_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"train\.profile\.start.*step 9 is traced first, and the run has 8 steps"):
+        plan_of(train={"max_steps": 8, "profile": {"start": 9, "steps": 1}})
+    assert plan_of(train={"max_steps": 9, "profile": {"start": 9, "steps": 5}}).total_steps == 9

@@ -50,6 +50,11 @@ def test_verbose_tells_how_far_each_rank_was_fed_also_when_the_attempt_failed() 
     assert told(ranks, KeyboardInterrupt("at once")) == []
 
 
+def line(step: int, loss: float, tokens: int, seconds: float) -> dict[str, Any]:
+    numbers = {"step": step, "loss": loss, "tokens": tokens, "seconds": seconds, "data_wait_seconds": 0.0}
+    return numbers | {"mfu": None, "peak_memory_gib": [1.0]}
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 100.0
@@ -76,17 +81,33 @@ def test_before_the_first_step_it_shows_the_phase_and_how_long_it_takes(folder: 
 def test_a_step_shows_step_loss_tokens_per_second_and_eta(folder: RunFolder) -> None:
     watch, log = Watch(folder, 10), StepLog(folder)
     folder.write_phase("training")
-    log.append({"step": 1, "loss": 2.5, "tokens": 1000, "seconds": 0.5})
-    assert watch.look().words() == ["step 1/10", "loss 2.5000", "2,000 tokens/s", "ETA 5 s"]
+    log.append(line(1, 2.5, 1000, 0.5) | {"mfu": 0.412, "peak_memory_gib": [1.25, 3.5], "data_wait_seconds": 0.05})
+    assert watch.look().words() == [
+        *("step 1/10", "loss 2.5000", "2,000 tokens/s", "MFU 41.2 %", "peak 3.50 GiB", "data wait 10.0 %", "ETA 5 s")
+    ]
     folder.write_phase("evaluating")
     assert watch.look().words()[0] == "evaluating 0 s"
+
+
+def test_verbose_has_a_table_per_rank_without_columns_that_nobody_can_tell(folder: RunFolder) -> None:
+    rank = {"peak_bytes": 3 * 2**30, "allocated_bytes": 2**30, "host_bytes": 2**30, "tokens": 750, "padded_tokens": 1000}
+    rank |= {"data_wait_seconds": 0.0021, "gpu_utilization": float("nan"), "gpu_watts": float("nan"), "gpu_celsius": float("nan")}
+    StepLog(folder).append(line(1, 1.0, 10, 1.0))
+    folder.write_ranks([rank, rank | {"peak_bytes": 4 * 2**30}])
+    assert Watch(folder, 10).look().ranks == ()
+    out = io.StringIO()
+    with PlainLines(Console(file=out, width=120)) as lines:
+        lines.show(Watch(folder, 10, by_rank=True).look())
+    _, header, first, second = out.getvalue().splitlines()
+    assert header.split("  ")[0].strip() == "rank" and "°C" not in header and "padding" in header
+    assert first.split() == ["0", "3.00", "1.00", "1.00", "750", "25", "%", "2.1", "ms"] and second.split()[1] == "4.00"
 
 
 def test_one_slow_step_moves_the_speed_little(folder: RunFolder) -> None:
     watch, log = Watch(folder, 100), StepLog(folder)
     for step in range(1, 50):
-        log.append({"step": step, "loss": 1.0, "tokens": 1000, "seconds": 1.0})
-    log.append({"step": 50, "loss": 1.0, "tokens": 1000, "seconds": 6.0})
+        log.append(line(step, 1.0, 1000, 1.0))
+    log.append(line(50, 1.0, 1000, 6.0))
     view = watch.look()
     assert view.tokens_per_second == pytest.approx(1000 / 1.5)
     assert view.eta_seconds == pytest.approx(50 * 1.5)
@@ -94,7 +115,7 @@ def test_one_slow_step_moves_the_speed_little(folder: RunFolder) -> None:
 
 def test_a_loss_that_is_not_a_number_is_shown_as_such(folder: RunFolder) -> None:
     watch, log = Watch(folder, 10), StepLog(folder)
-    log.append({"step": 1, "loss": float("nan"), "tokens": 10, "seconds": 1.0})
+    log.append(line(1, float("nan"), 10, 1.0))
     assert "loss nan" in watch.look().words()
 
 

@@ -39,6 +39,7 @@ CHANGES = {  # of each key of the layout
     "train.early_stopping_patience": "train.early_stopping_patience=3",
     "train.halve_on_oom": "train.halve_on_oom=true",
     "train.deterministic": "train.deterministic=true",
+    "train.profile": "train.profile={start: 2}",
 }
 
 

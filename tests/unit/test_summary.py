@@ -12,17 +12,25 @@ import pytest
 
 from trainkit.cluster import driver
 from trainkit.cluster.signals import Signals
-from trainkit.cluster.summary import summarize
+from trainkit.cluster.summary import MEASURED, summarize
 from trainkit.errors import CapacityError, ExportMismatch, Interrupted, NonFiniteError, TrainingError, TrainkitError, UsageError
+from trainkit.planning.memory import Memory
 from trainkit.planning.planner import Plan
 from trainkit.runs.folder import RunFolder
+from trainkit.runs.worked import WorkedTime
 
 CONTRACT = {
     *("status", "steps", "epochs", "samples", "tokens", "train_loss", "eval", "seconds", "samples_per_second", "tokens_per_second"),
     *("mfu", "peak_memory_gib", "data_wait_fraction", "restarts", "world_size", "zero_stage", "offload", "precision", "order", "error"),
 }
 
-PLAN = cast(Plan, SimpleNamespace(rows=100, world_size=2, zero_stage=3, offload_optimizer=True, offload_param=False, precision="fp32"))
+PLAN = cast(
+    Plan,
+    SimpleNamespace(
+        rows=100, world_size=2, zero_stage=3, offload_optimizer=True, offload_param=False, precision="fp32", use_gpu=True,
+        memory=Memory({"parameters": 2**30, "optimizer": 2**31}), expected_activation_bytes=2**29, expected_peak_bytes=2**32,
+    ),
+)  # fmt: skip
 
 
 def steps(*losses: float) -> list[dict[str, Any]]:
@@ -36,6 +44,8 @@ def steps(*losses: float) -> list[dict[str, Any]]:
             "data_wait_seconds": 0.1,
             "order": f"{n:016x}",
             "peak_memory_gib": [1.0, 2.0 + n],
+            "piece_seconds": {"forward": 0.1, "backward": 0.2},
+            "mfu": 0.2 + n,
         }
         for n, loss in enumerate(losses)
     ]
@@ -50,7 +60,18 @@ def test_a_completed_run_adds_up() -> None:
     assert (found["samples_per_second"], found["tokens_per_second"]) == (20.0, 600.0)
     assert found["data_wait_fraction"] == pytest.approx(0.2)
     assert found["peak_memory_gib"] == [1.0, 3.0]
+    assert (found["mfu"], found["goodput"], found["piece_seconds"]) == (0.7, None, {"forward": 0.2, "backward": 0.4})
     assert (found["order"], found["error"], found["offload"]) == (f"{1:016x}", None, {"optimizer": True, "param": False})
+
+
+def test_measured_memory_stands_beside_the_plan() -> None:
+    ranks = [dict.fromkeys(MEASURED.values(), 2**30 * (rank + 1)) for rank in range(2)]
+    found = summarize(PLAN, steps(3.0, 2.0), {"status": "completed"}, None, 60.0, worked_seconds=4.0, ranks=ranks)
+    assert found["memory"]["planned"] == {"parameters": 1.0, "optimizer": 2.0, "activations": 0.5, "peak": 4.0}
+    assert [rank["activations"] for rank in found["memory"]["measured"]] == [1.0, 2.0]
+    assert found["goodput"] == 0.25
+    on_cpu = summarize(SimpleNamespace(**vars(PLAN) | {"use_gpu": False}), steps(3.0), {"status": "completed"}, None, 1.0, ranks=ranks)  # type: ignore[arg-type]
+    assert set(on_cpu["memory"]["measured"][0]) == {"parameters", "optimizer"}, "what a CPU cannot tell is left out"
 
 
 def test_a_run_that_failed_before_its_first_step_has_all_keys() -> None:
@@ -76,7 +97,9 @@ def ended(folder: RunFolder, train: Callable[[], Any], signals: int = 0) -> Trai
     """The error with which the driver ends a run whose `train` raises."""
     taken = Signals()
     taken.taken = signals
-    run = SimpleNamespace(train=train, plan=PLAN, folder=folder, signals=taken, failures=[], restarts=0, oom_kills=0)
+    run = SimpleNamespace(
+        train=train, plan=PLAN, folder=folder, signals=taken, worked=WorkedTime(folder), failures=[], restarts=0, oom_kills=0
+    )
     with pytest.raises(TrainkitError) as raised:
         driver._recorded(cast(Any, run), 0.0)
     return raised.value

@@ -28,7 +28,7 @@ class Decision:
     unknown: tuple[str, ...] = ()
 
     def with_workers(self, num_workers: int) -> Decision:
-        """The same on so many workers. Raises CapacityError if the model states exceed the device."""
+        """The same on so many workers. Raises DoesNotFit if the model states exceed the device."""
         if num_workers == self.plan.world_size:
             return self
         scaling = self.recipe.scaling.model_copy(update={"num_workers": num_workers})
@@ -39,7 +39,7 @@ def decide(recipe: Recipe, path: Path | None, gpu_memory_bytes: int | None = Non
     """Plan a recipe that was read from `path`, or made in Python. `gpu_memory_bytes` plans for GPUs that are elsewhere.
 
     What is not here and not reached leaves its facts unknown. Raises DataError for what is here and is wrong, RecipeError for a ZeRO
-    configuration or precision that cannot be, CapacityError if the model states exceed the device.
+    configuration or precision that cannot be, DoesNotFit if the model states exceed the device.
     """
     from trainkit.data.source import count_rows, hub_is_reached
     from trainkit.training.model import model_facts

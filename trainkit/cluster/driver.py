@@ -27,13 +27,15 @@ from trainkit.cluster.session import cluster_address, environment, environment_s
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
 from trainkit.errors import DataError, Interrupted, TrainingError, TrainkitError, UsageError
-from trainkit.planning.planner import Plan, halved
+from trainkit.planning.planner import Plan, halved, with_micro_batches
 from trainkit.planning.show import batch_equation, plan_text
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import checkpoints, copying
 from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import LEASE_SECONDS, PREDECESSOR_SECONDS, RunFolder
+from trainkit.runs.worked import WorkedTime
+from trainkit.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,15 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             address = cluster_address(options.address)
             path = options.recipe / "recipe.yaml" if options.resume and options.recipe.is_dir() else options.recipe
             wish = read_recipe(path, options.overrides)
-            run = opened(wish, path, options.name, options.resume, address, lambda plan: console.print(plan_text(plan)))
-            folder = run.folder()
+            opening = opened(wish, path, options.name, options.resume, address, lambda plan: console.print(plan_text(plan)))
+            folder = opening.folder()
         except KeyboardInterrupt:
             raise Interrupted("interrupted before anything was started") from None
-        resumed = run.before is not None
+        resumed = opening.before is not None
         with folder.lock("driver", wait_seconds=PREDECESSOR_SECONDS if resumed else 0.0):
-            return _recorded(
-                _Run(address, options.verbose, wish, run.recipe, run.decision, run.decision.plan, folder, console, signals, resumed), began
-            )
+            worked, decision = WorkedTime(folder), opening.decision
+            asked = _Run(address, options.verbose, wish, opening.recipe, decision, decision.plan, folder, console, signals, worked, resumed)
+            return _recorded(asked, began)
 
 
 @dataclass
@@ -82,6 +84,7 @@ class _Run:
     folder: RunFolder
     console: Console
     signals: Signals
+    worked: WorkedTime
     resumed: bool
     failures: list[Failure] = field(default_factory=list)  # of attempts of this command
     restarts: int = 0
@@ -119,6 +122,7 @@ class _Run:
             recipe=self.recipe,
             plan=self.plan,
             plan_on=self._plan_on,
+            data_known=self._data_known,
             folder=self.folder,
             prepared=prepared,
             first_weights=self._first_weights(prepared) if checkpoint is None else None,
@@ -127,6 +131,7 @@ class _Run:
             say=lambda text: self._say(text, "yellow"),
             attempt=attempt,
             checkpoint=checkpoint,
+            worked=(self.worked.before, self.worked.began),
         )
         return launch(asked, display(self.console, self.verbose), self.signals, self._stopping)
 
@@ -162,6 +167,19 @@ class _Run:
             self._say(f"{plan.world_size} of {decided} workers; {batch_equation(plan)}", "yellow")
         self.plan = plan
         return plan
+
+    def _data_known(self, plan: Plan, largest_tokens: int) -> Plan:
+        """Once the data's micro-batches are known, the plan says what they will take on the device."""
+        known = with_micro_batches(plan, largest_tokens)
+        if known != self.plan:
+            self.folder.write_plan(known.to_json())
+        if known.expected_peak_bytes is not None and not self.restarts:
+            self._say(
+                f"expected at the peak: {format_bytes(known.expected_peak_bytes)} per device; the largest micro-batch has "
+                f"{largest_tokens:,} padded tokens", "dim",
+            )  # fmt: skip
+        self.plan = known
+        return known
 
     def _checkpoint(self) -> Checkpoint | None:
         """The newest one that holds, once nobody writes there any more."""
@@ -260,10 +278,12 @@ def _recorded(run: _Run, began: float) -> dict[str, Any]:
         error = _unless_interrupted(_cause(failure, run), run)
     with run.signals.ignored():
         summary = summarize(
-            run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began, run.folder.failures(), run.restarts
-        )
+            run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began, worked_seconds=run.worked.seconds(),
+            ranks=run.folder.read_ranks(), failures=run.folder.failures(), restarts=run.restarts,
+        )  # fmt: skip
         try:
             run.folder.write_summary(summary)
+            run.worked.close()
         except TrainkitError as unwritten:  # the disk is full: what filled it is told first
             error = error or unwritten
     lacks = (summary.get("copy") or {}).get("error")

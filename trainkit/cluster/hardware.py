@@ -58,7 +58,8 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
-        "git_commit": _git_commit(),
+        "git_commit": _git("rev-parse", "HEAD") or None,
+        "git_dirty": None if (changed := _git("status", "--porcelain")) is None else changed != "",
         "platform": platform.platform(),
         "cpu_count": cpu_count(),
         "gpus": gpu_names(),
@@ -72,13 +73,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
-    """Of the checkout that trainkit runs from; None for an installed package or without git."""
+def _git(*question: str) -> str | None:
+    """Git's answer on the checkout that trainkit runs from; None for an installed package, without git, or where git refuses."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        asked = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+        asked = subprocess.run(["git", "-C", str(root), *question], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return asked.stdout.strip() or None
+    return asked.stdout.strip() if asked.returncode == 0 else None

@@ -52,6 +52,7 @@ class Launch:
     recipe: Recipe
     plan: Plan  # for as many workers as there can be
     plan_on: Callable[[Sequence[Node]], Plan]  # for the nodes that there are; raises CapacityError if they are too few
+    data_known: Callable[[Plan, int], Plan]  # with the padded tokens of the largest micro-batch
     folder: RunFolder
     prepared: Prepared
     first_weights: Path | None
@@ -60,6 +61,7 @@ class Launch:
     say: Callable[[str], None]  # to the person who waits
     attempt: int = 1  # from 1
     checkpoint: Checkpoint | None = None  # to go on from
+    worked: tuple[float, float] = (0.0, 0.0)  # seconds of commands before this one, and when it began, in seconds since 1970
 
 
 def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[], None]) -> dict[str, Any]:
@@ -76,6 +78,7 @@ def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[],
         nodes = worker_nodes(nodes, asked.recipe.scaling, asked.plan.world_size)
         _build_operators(nodes, asked, display)
         distributors = make_distributors(_feedings(asked), [node.id for node in nodes])
+        asked = replace(asked, plan=asked.data_known(asked.plan, distributors.largest_micro_batch("train")))
         trainer = _trainer(asked, distributors)
         with signals.softly(stop), _ranks_told(asked, distributors):
             return _fit(trainer, asked, display)
@@ -234,6 +237,8 @@ def _job(asked: Launch, distributors: Distributors) -> Any:
         eval_steps=-(-eval_rows // asked.plan.samples_per_step) if asked.prepared.eval is not None else 0,
         attempt=asked.attempt,
         checkpoint=asked.checkpoint,
+        worked_seconds=asked.worked[0],
+        began=asked.worked[1],
     )
 
 
@@ -269,7 +274,7 @@ def _fit(trainer: Any, asked: Launch, display: Display) -> dict[str, Any]:
     threading.Thread(target=fit, name="fit", daemon=True).start()
     from trainkit.cluster.causes import told_by_a_rank
 
-    watch, head, notices = Watch(asked.folder, asked.plan.total_steps), head_processes(), _Notices(asked)
+    watch, head, notices = Watch(asked.folder, asked.plan.total_steps, by_rank=asked.verbose), head_processes(), _Notices(asked)
     stillnesses = Stillnesses(asked.plan.world_size, lambda: signs(asked.folder, asked.plan.world_size))
     with display:
         while not ended.wait(_LOOK_SECONDS):

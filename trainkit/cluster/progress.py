@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 
 from trainkit.runs.folder import RunFolder, StepTail
-from trainkit.units import format_count, format_seconds
+from trainkit.units import format_count, format_seconds, gib
 
 TRAINING = "training"
 _SMOOTHING = 0.1  # weight of the newest step in tokens/s and ETA
@@ -37,6 +37,10 @@ class View:
     total: int = 0  # 0: nothing is counted yet
     loss: float | None = None
     tokens_per_second: float | None = None
+    mfu: float | None = None
+    peak_gib: float | None = None  # of the fullest rank
+    data_wait_fraction: float | None = None
+    ranks: Sequence[Mapping[str, float]] = ()  # what each measured last, for the table
     eta_seconds: float | None = None
 
     def words(self) -> list[str]:
@@ -48,6 +52,12 @@ class View:
             words.append(f"loss {self.loss:.4f}")
         if self.tokens_per_second is not None:
             words.append(f"{format_count(self.tokens_per_second)} tokens/s")
+        if self.mfu is not None:
+            words.append(f"MFU {100 * self.mfu:.1f} %")
+        if self.peak_gib is not None:
+            words.append(f"peak {self.peak_gib:.2f} GiB")
+        if self.data_wait_fraction is not None:
+            words.append(f"data wait {100 * self.data_wait_fraction:.1f} %")
         if self.eta_seconds is not None and self.done < self.total:
             words.append(f"ETA {format_seconds(math.ceil(self.eta_seconds))}")
         return words
@@ -56,12 +66,14 @@ class View:
 class Watch:
     """Looks at a run folder and says where the run stands."""
 
-    def __init__(self, folder: RunFolder, total_steps: int, clock: Callable[[], float] = time.monotonic):
-        self.folder, self.total, self.clock = folder, total_steps, clock
+    def __init__(self, folder: RunFolder, total_steps: int, clock: Callable[[], float] = time.monotonic, by_rank: bool = False):
+        self.folder, self.total, self.clock, self.by_rank = folder, total_steps, clock, by_rank
         self.tail = StepTail(folder)
         self.phase, self.since = "", clock()
         self.step, self.loss = 0, float("nan")
-        self.tokens = self.seconds = 0.0  # of a step, smoothed
+        self.tokens = self.seconds = self.waited = 0.0  # of a step, smoothed
+        self.mfu: float | None = None  # smoothed
+        self.peak_gib = 0.0
 
     def look(self) -> View:
         for line in self.tail.new_steps():
@@ -79,14 +91,22 @@ class Watch:
             total=self.total,
             loss=self.loss,
             tokens_per_second=self.tokens / max(self.seconds, 1e-9),
+            mfu=self.mfu,
+            peak_gib=self.peak_gib,
+            data_wait_fraction=self.waited / max(self.seconds, 1e-9),
+            ranks=self.folder.read_ranks() if self.by_rank else (),
             eta_seconds=(self.total - self.step) * self.seconds,
         )
 
-    def _take(self, line: dict[str, float]) -> None:
+    def _take(self, line: dict[str, Any]) -> None:
         weight = _SMOOTHING if self.step else 1.0
         self.step, self.loss = int(line["step"]), line["loss"]
         self.tokens += weight * (line["tokens"] - self.tokens)
         self.seconds += weight * (line["seconds"] - self.seconds)
+        self.waited += weight * (line["data_wait_seconds"] - self.waited)
+        self.peak_gib = max(line["peak_memory_gib"])
+        if (mfu := line.get("mfu")) is not None:
+            self.mfu = mfu if self.mfu is None else self.mfu + weight * (mfu - self.mfu)
 
 
 class Display(Protocol):
@@ -103,7 +123,7 @@ class LiveLine:
         self.live = Live(console=console, refresh_per_second=8, transient=True, redirect_stdout=others_print, redirect_stderr=others_print)
 
     def show(self, view: View) -> None:
-        self.live.update(_line(view))
+        self.live.update(Group(_line(view), rank_table(view.ranks)) if view.ranks else _line(view))
 
     def __enter__(self) -> Self:
         self.live.start()
@@ -137,6 +157,8 @@ class PlainLines:
         line = "" if self.waiting is None else "  ".join(self.waiting.words())
         if line not in ("", self.printed):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            if self.waiting is not None and self.waiting.ranks:
+                self.console.print(rank_table(self.waiting.ranks))
             self.printed = line
         self.waiting, self.printed_at = None, self.clock()
 
@@ -154,6 +176,29 @@ def counter(shown: Display, what: str, unit: str) -> Callable[[int, int], None]:
         shown.show(View(what, time.monotonic() - began, unit=unit, done=done, total=total))
 
     return show
+
+
+def rank_table(ranks: Sequence[Mapping[str, float]]) -> Table:
+    """What each rank measured in the newest step; columns that no rank can tell are left out."""
+    columns: dict[str, Callable[[Mapping[str, float]], str]] = {
+        "peak GiB": lambda rank: f"{gib(rank['peak_bytes']):.2f}",
+        "now GiB": lambda rank: f"{gib(rank['allocated_bytes']):.2f}",
+        "host GiB": lambda rank: f"{gib(rank['host_bytes']):.2f}",
+        "tokens": lambda rank: f"{rank['tokens']:,}",
+        "padding": lambda rank: f"{100 * (1 - rank['tokens'] / max(1, rank['padded_tokens'])):.0f} %",
+        "data wait": lambda rank: f"{1000 * rank['data_wait_seconds']:.1f} ms",
+        "GPU": lambda rank: f"{100 * rank['gpu_utilization']:.0f} %",
+        "W": lambda rank: f"{rank['gpu_watts']:.0f}",
+        "°C": lambda rank: f"{rank['gpu_celsius']:.0f}",
+    }
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    table.add_column("rank", style="dim", justify="right")
+    told = [name for name, text in columns.items() if any("nan" not in text(rank) for rank in ranks)]
+    for name in told:
+        table.add_column(name, justify="right")
+    for number, rank in enumerate(ranks):
+        table.add_row(str(number), *(columns[name](rank) for name in told))
+    return table
 
 
 def _line(view: View) -> Table:

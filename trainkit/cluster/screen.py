@@ -11,12 +11,15 @@ from rich.text import Text
 
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.folder import RunFolder
-from trainkit.units import format_count, format_seconds
+from trainkit.units import GIB, format_bytes, format_count, format_seconds
 
 
 def show_result(console: Console, folder: RunFolder, recipe: Recipe, summary: Mapping[str, Any]) -> None:
     console.print()
     console.print(_numbers(summary, recipe.scaling.use_gpu))
+    if (memory := _memory(summary["memory"])) is not None:
+        console.print()
+        console.print(memory)
     if summary.get("predictions"):
         console.print()
         console.print(_predictions(summary["predictions"]))
@@ -33,8 +36,33 @@ def _numbers(summary: Mapping[str, Any], use_gpu: bool) -> Table:
     table.add_row("trained", f"{summary['steps']:,} steps, {summary['samples']:,} samples, {format_count(summary['tokens'])} tokens")
     speed = f"{summary['samples_per_second']:,.1f} samples/s, {format_count(summary['tokens_per_second'])} tokens/s"
     table.add_row("speed", f"{speed} over {format_seconds(summary['seconds'])} of steps; {format_seconds(summary['wall_seconds'])} in all")
+    table.add_row("time", _time(summary))
     if summary["peak_memory_gib"]:
         table.add_row("peak memory", f"{max(summary['peak_memory_gib']):.2f} GiB {what} on the fullest rank")
+    return table
+
+
+def _time(summary: Mapping[str, Any]) -> str:
+    """Where the time of the steps went, and how much of all the time they were."""
+    seconds = summary["seconds"]
+    shares = summary["piece_seconds"] | {"data wait": summary["data_wait_fraction"] * seconds}
+    parts = [f"{name} {100 * share / seconds:.0f} %" for name, share in shares.items()]
+    parts += [] if summary["mfu"] is None else [f"MFU {100 * summary['mfu']:.1f} %"]
+    parts += [] if summary["goodput"] is None else [f"steps were {100 * summary['goodput']:.0f} % of the time worked on this run"]
+    return ", ".join(parts)
+
+
+def _memory(memory: Mapping[str, Any]) -> Table | None:
+    """The plan beside what the fullest rank measured, on the device; None where nothing was measured."""
+    if not memory["measured"]:
+        return None
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    table.add_column("memory per worker", style="dim")
+    table.add_column("planned", justify="right")
+    table.add_column("measured", justify="right")
+    for name in memory["measured"][0]:
+        planned, measured = memory["planned"].get(name), max(rank[name] for rank in memory["measured"])
+        table.add_row(name, "" if planned is None else format_bytes(planned * GIB), format_bytes(measured * GIB))
     return table
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ from trainkit.errors import OutOfMemory, TrainingError
 from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
 from trainkit.inference.export import export_model, link_model
 from trainkit.inference.predict import Rank, load_plain
+from trainkit.markup import plain
 from trainkit.planning.planner import Plan
+from trainkit.planning.show import plan_text
+from trainkit.recipe.reader import recipe_to_yaml
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import checkpoints
 from trainkit.runs.checkpoints import Checkpoint, sha256
@@ -38,15 +42,17 @@ from trainkit.runs.copying import Copier, NoCopier
 from trainkit.runs.files import Lock
 from trainkit.runs.folder import PREDECESSOR_SECONDS, RunFolder, StepLog
 from trainkit.training import loop
-from trainkit.training.board import Board, SilentBoard, TensorBoard
+from trainkit.training.board import Board, SilentBoard, Story, TensorBoard, hyperparameters
 from trainkit.training.checkpoint import Saver, read_state, restore
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.meters import StepRecord, as_json
 from trainkit.training.model import build_model, check_packing
 from trainkit.training.out_of_memory import out_of_memory
+from trainkit.training.profiler import NoProfiler, Profiler
 
 _ANSWER_SECONDS = 5
 _EVALUATING = "evaluating"
+_RANKS_SECONDS = 1.0  # between two writes of what each rank measured
 _COPY_SECONDS = 1.0  # between two looks at the copy of the last checkpoint
 
 
@@ -63,6 +69,8 @@ class Job:
     eval_steps: int  # optimizer-step-sized pieces of the evaluation set; 0 without one
     attempt: int = 1  # from 1: how often the group was started
     checkpoint: Checkpoint | None = None  # to go on from
+    worked_seconds: float = 0.0  # of commands before this one
+    began: float = field(default_factory=time.time)  # when this one began, in seconds since 1970
 
 
 def run_worker(job: Job) -> dict[str, Any] | None:
@@ -105,10 +113,14 @@ class Worker:
         self.lock: Lock | None = None
         if self.rank == 0:
             self.lock = self.folder.lock("rank-0", wait_seconds=PREDECESSOR_SECONDS)
-            self.board = TensorBoard(self.folder.path / "tensorboard", job.plan.use_gpu, self.step)
+            self.board = TensorBoard(self.folder.path / "tensorboard", self.story())
             self.log = StepLog(self.folder)
         self.heart, self.now = Heart(self.folder, self.rank), "training"
         self.heart.start()
+        window = job.recipe.train.profile
+        trace = self.folder.path / "profile" / f"rank-{self.rank}.json.gz"
+        self.profiler = NoProfiler() if window is None else Profiler(window, trace, self.device)
+        self.ranks_told = 0.0
         url = job.recipe.run.copy_checkpoints_to
         self.copier = Copier(self.folder, url) if url is not None and self.rank == 0 else NoCopier()
         if job.checkpoint is not None:
@@ -139,12 +151,15 @@ class Worker:
             save=lambda outcome: self.save(engine, outcome),
             stop_requested=self.stop_requested,
             save_requested=self.folder.save_requested,
-            begins=lambda step, piece: self.heart.begins(step, piece, in_step=piece != loop.DATA_WAIT),
+            begins=self.begins,
         )
         outcome = loop.train(engine, self.feeds["train"], self.plan, self.recipe, around, self.begin)
+        self.profiler.close()
         self.saver.wait()
         examples = self.finish(engine, outcome) if outcome.status == "completed" else []
         self.wait_for_copies()
+        if outcome.status == "completed":
+            self.board.completed()
         if self.rank != 0:
             return None
         return {
@@ -157,21 +172,45 @@ class Worker:
             "predictions": examples,
         }
 
+    def begins(self, step: int, piece: str) -> None:
+        self.profiler.begins(step, piece)
+        self.heart.begins(step, piece, in_step=piece != loop.DATA_WAIT)
+
     def report(self, record: StepRecord) -> None:
         self.step, self.order = record.step, chain(self.order, record.step_hash)
         self.board.step(record)
         if self.log is not None:
             self.log.append(as_json(record, self.order))
+            if time.monotonic() - self.ranks_told > _RANKS_SECONDS:
+                self.ranks_told = time.monotonic()
+                self.folder.write_ranks([asdict(rank) for rank in record.ranks])
+
+    def story(self) -> Story:
+        """What TensorBoard says of this run beside its curves."""
+        plan, recipe = self.plan, self.recipe
+        kept = sum(step["seconds"] for step in self.folder.read_steps())
+        return Story(
+            use_gpu=plan.use_gpu,
+            done=self.step,
+            hyperparameters=hyperparameters(recipe, plan),
+            metrics=recipe.train.metrics,
+            texts={"plan": f"```text\n{plain(plan_text(plan), width=110)}\n```", "recipe": f"```yaml\n{recipe_to_yaml(recipe)}```"},
+            expected_peak_bytes=plan.expected_peak_bytes,
+            kept_seconds=kept,
+            worked_seconds=lambda: self.job.worked_seconds + time.time() - self.job.began,
+        )
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """The loss over the whole evaluation set, and the metrics. At the end metrics come from model/, unless they choose the best."""
         self.phase(_EVALUATING)
+        began = time.monotonic()
         values = evaluate_loss(engine, self.feeds["eval"], self.job.eval_steps)
         decides = self.recipe.train.metric_for_best_model not in (None, "loss") or not self.loads_whole
         if self.recipe.train.metrics and (decides or step < self.plan.total_steps):
             measured, self.examples[step] = self.metrics(engine.model, self.device, in_step=self.plan.zero_stage == 3)
             values |= measured
-        self.board.evaluation(step, values)
+        self.board.evaluation(step, values, time.monotonic() - began)
+        self.board.predictions(step, self.examples.get(step, []))
         self.phase("training")
         return values
 
@@ -260,9 +299,11 @@ class Worker:
             return self.examples.get(step, [])
         self.phase("measuring model/")
         dist.barrier()  # rank 0 may still be moving it
+        began = time.monotonic()
         values, examples = self.measure(engine, target)
         outcome.evaluation = {**(outcome.evaluation or {}), **values}
-        self.board.evaluation(step, values)
+        self.board.evaluation(step, values, time.monotonic() - began)
+        self.board.predictions(step, examples)
         return examples
 
     def wait_for_copies(self) -> None:

@@ -27,6 +27,7 @@ from trainkit.data.wire import WireCall, narrow
 from trainkit.units import format_seconds
 
 _ROWS_OF_CATALOGUE = 65_536  # whose lengths choose the shapes: an order drawn from the whole set
+_STEPS_LOOKED_AT = 32  # for the largest micro-batch; they are composed anyway
 _CALLS_AT_ONCE = 8  # of ranks for steps
 _TALK = "talk"  # Ray's concurrency group of calls that are answered while those are stuck
 _STEPS_KEPT, _SAMPLES_KEPT = 1024, 1 << 22  # composed ones, for the ranks that ask for them later
@@ -74,6 +75,11 @@ class DataDistributor:
     def manifests(self) -> dict[str, dict[str, Any]]:
         """What identifies the content of the arrays: a copy on another node must say the same."""
         return {split: arrays.manifest for split, arrays in self.arrays.items()}
+
+    def largest_micro_batch(self, split: str) -> int:
+        """Padded tokens of the largest micro-batch in the first steps."""
+        with self.composing:
+            return max(part.shape.cost for step in range(1, _STEPS_LOOKED_AT + 1) for part in self.composed(split, step)[1])
 
     def doing(self) -> str:
         """What the actor is working on now, with since when (a call that waits for a disk is seen here), and which rank is behind."""
@@ -196,6 +202,12 @@ class Distributors:
         import ray
 
         return self.of_node.get(ray.get_runtime_context().get_node_id(), self.of_driver)
+
+    def largest_micro_batch(self, split: str) -> int:
+        """Padded tokens of the largest micro-batch in the first steps; waits until the shapes are chosen."""
+        import ray
+
+        return ray.get(self.of_driver.largest_micro_batch.remote(split))
 
     def handed_to(self, split: str, timeout: float) -> dict[int, Handed]:
         """What each rank was handed; without those whose actor does not answer in time."""

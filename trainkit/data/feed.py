@@ -18,6 +18,7 @@ import torch
 from trainkit.data.batches import round_up
 from trainkit.data.wire import WireCall, WireMicroBatch, WireStep
 from trainkit.errors import TrainingError
+from trainkit.planning.flops import Work
 from trainkit.units import MIB, format_seconds
 
 IGNORED_LABEL = -100
@@ -46,7 +47,7 @@ class MicroBatch:
     attention_mask: torch.Tensor | None
     labels: torch.Tensor
     token_type_ids: torch.Tensor | None
-    tokens: int  # real ones, padding not counted
+    work: Work  # of the real tokens
     padded_tokens: int
     position_ids: torch.Tensor | None = None
 
@@ -262,7 +263,7 @@ class Padding:
             attention_mask=mask,
             labels=label_rows if self.task != "classification" else label_rows[:, 0].contiguous(),
             token_type_ids=None if types is None else _filled(real, types[0], 0, pin),
-            tokens=int(lengths.sum(dtype=np.int64) + (label_lengths.sum(dtype=np.int64) if targets else 0)),
+            work=_work(lengths, label_lengths if targets else None),
             padded_tokens=input_ids.numel() + (label_rows.numel() if targets else 0),
         )
 
@@ -288,10 +289,16 @@ class Padding:
             attention_mask=None,
             labels=_filled(real, labels, IGNORED_LABEL, pin),
             token_type_ids=None,
-            tokens=len(values),
+            work=_work(lengths),
             padded_tokens=shape[0] * shape[1],
             position_ids=position_ids,
         )
+
+
+def _work(lengths: np.ndarray, label_lengths: np.ndarray | None = None) -> Work:
+    source = lengths.astype(np.int64)
+    target = np.zeros_like(source) if label_lengths is None else label_lengths.astype(np.int64)
+    return Work(*(int(sums) for sums in (source.sum(), target.sum(), source @ source, target @ target, source @ target)))
 
 
 def rectangle(values: np.ndarray, lengths: np.ndarray, fill: int) -> torch.Tensor:

@@ -19,6 +19,19 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """Weights of the linear layers, counted by the tokens that they multiply: in an encoder-decoder those of the source (the encoder, and
+    keys and values of cross-attention) and of the target; elsewhere all are `source`."""
+
+    source: int
+    target: int
+    source_trained: int
+    target_trained: int
+    decoder_layers: int  # of an encoder-decoder, else 0
+    attention_width: int  # heads × width of a head
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """Of the model as it is trained: with its head, and with LoRA's matrices if the recipe asks for them."""
 
@@ -29,6 +42,7 @@ class ModelFacts:
     num_layers: int  # encoder plus decoder blocks
     vocab_size: int
     attn_implementation: str
+    matrices: Matrices | None = None  # None: other weights work as well, or not all on every token
 
     @property
     def num_parameters(self) -> int:

@@ -6,15 +6,15 @@ unknown: 0 for numbers that training counts with, None for the rest; such a plan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from trainkit.errors import CapacityError, Fault, RecipeError
-from trainkit.markup import html, plain
+from trainkit.errors import DoesNotFit, Fault, RecipeError
 from trainkit.planning.deepspeed_config import resolve
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
+from trainkit.planning.flops import peak_flops, training_flops
 from trainkit.planning.memory import BIASED_ATTENTION, CATEGORIES, Memory, activation_bytes_per_token, model_state_bytes
+from trainkit.planning.plan import Fit, Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import SHIPPED, ZeroConfig, read_zero
 from trainkit.units import format_bytes
@@ -23,71 +23,6 @@ CPU_TOKENS = 4096
 LENGTH_STEP = 8  # padded lengths are multiples of it, as in data/batches.py, which stands above this room
 ACTIVATION_SHARE = 0.8  # of what the model states leave free: the rest is the allocator's, the kernels' and the communicator's
 DEFAULT_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a shipped ZeRO configuration takes per worker, and whether one micro-batch of one full row fits beside it."""
-
-    name: str
-    device: int
-    host: int
-    row: int  # activation bytes of one row of full length
-    fits: bool | None  # None: the device's memory is not known
-
-
-@dataclass(frozen=True)
-class Plan:
-    recipe_name: str
-    world_size: int
-    use_gpu: bool
-    zero_stage: int
-    offload_optimizer: bool
-    offload_param: bool
-    precision: str
-    samples_per_step: int
-    tokens_per_device: int | None  # budget of one micro-batch, padding included; None: samples_per_device rules, or unknown
-    samples_per_device: int | None
-    rows: int | None
-    eval_rows: int | None
-    steps_per_epoch: int | None
-    last_step_samples: int | None  # rows of an epoch's last step
-    total_steps: int  # 0: unknown
-    epochs: float | None
-    warmup_steps: int
-    eval_every: int  # optimizer steps; 0: never, or unknown
-    save_every: int
-    micro_batches_per_step: int  # over all workers, with every row at its full length; 0: unknown
-    accumulation: int  # micro-batches of one worker
-    ds_config: dict[str, Any]
-    memory: Memory | None  # None: the model is not known
-    evaluates: bool = True
-    notes: tuple[str, ...] = ()
-    zero_name: str = "zero0"
-    device_name: str = "CPU"
-    device_memory: int | None = None
-    fits: tuple[Fit, ...] = ()  # of the shipped configurations, where the device's memory is known
-
-    def to_json(self) -> dict[str, Any]:
-        """For plan.json."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Plan:
-        """Of plan.json. Raises TypeError or KeyError for one of another version."""
-        memory, fits = values["memory"], tuple(Fit(**fit) for fit in values["fits"])
-        return cls(**{**values, "memory": None if memory is None else Memory(**memory), "fits": fits, "notes": tuple(values["notes"])})
-
-    def __repr__(self) -> str:
-        """The plan as `trainkit plan` prints it."""
-        from trainkit.planning.show import plan_text
-
-        return plain(plan_text(self))
-
-    def _repr_html_(self) -> str:
-        from trainkit.planning.show import plan_text
-
-        return html(plan_text(self))
 
 
 @dataclass(frozen=True)
@@ -101,7 +36,7 @@ class _Steps:
 
 
 def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: DataFacts, hardware: Hardware) -> Plan:
-    """Raises RecipeError for a precision that the model cannot take, CapacityError if the model states exceed the device's memory."""
+    """Raises RecipeError for a precision that the model cannot take, DoesNotFit if the model states exceed the device's memory."""
     _check_precision(recipe, model)
     world_size = _world_size(recipe)
     ds_config = resolve(recipe, zero, model, world_size, hardware)
@@ -109,6 +44,7 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
     fits = shipped_fits(recipe, model, hardware) if hardware.memory_bytes is not None else ()
     _check_capacity(zero, memory, fits, world_size, hardware)
     steps = _steps(recipe, data)
+    _check_profile(recipe, steps)
     batch = _batch(recipe, model, memory, world_size, hardware)
     return Plan(
         recipe_name=recipe.name,
@@ -140,7 +76,19 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         device_name=hardware.name,
         device_memory=hardware.memory_bytes,
         fits=fits,
+        activation_bytes_per_token=None if model is None else _bytes_per_token(recipe, model),
+        flops=None if model is None else training_flops(model),
+        peak_flops=peak_flops(hardware.name, recipe.model.precision),
     )
+
+
+def with_micro_batches(plan: Plan, largest_tokens: int) -> Plan:
+    """The plan with its peak on a GPU: the largest micro-batch of the data has so many padded tokens."""
+    if plan.memory is None or plan.activation_bytes_per_token is None or not plan.use_gpu:
+        return plan
+    activations = largest_tokens * plan.activation_bytes_per_token
+    peak = max(sum(plan.memory.device.values()) + activations, plan.memory.device_at_step)
+    return replace(plan, expected_activation_bytes=activations, expected_peak_bytes=peak)
 
 
 def row_tokens(recipe: Recipe) -> int:
@@ -195,6 +143,13 @@ def _check_precision(recipe: Recipe, model: ModelFacts | None) -> None:
         raise RecipeError(faults=(Fault(recipe.name, None, "model.precision", message),))
 
 
+def _check_profile(recipe: Recipe, steps: _Steps) -> None:
+    profile = recipe.train.profile
+    if profile is not None and 0 < steps.total_steps < profile.start:
+        message = f"step {profile.start} is traced first, and the run has {steps.total_steps:,} steps. Write a smaller one"
+        raise RecipeError(faults=(Fault(recipe.name, None, "train.profile.start", message),))
+
+
 def _check_capacity(zero: ZeroConfig, memory: Memory | None, fits: tuple[Fit, ...], world_size: int, hardware: Hardware) -> None:
     if memory is None or hardware.memory_bytes is None or memory.device_total <= hardware.memory_bytes:
         return
@@ -203,7 +158,7 @@ def _check_capacity(zero: ZeroConfig, memory: Memory | None, fits: tuple[Fit, ..
     way_out = "No shipped ZeRO configuration fits: raise scaling.num_workers, or train with model.lora"
     if fitting:
         way_out = f"Write zero: {' or '.join(fitting)}"
-    raise CapacityError(
+    raise DoesNotFit(
         f"{zero.name} on {world_size} worker{'s' if world_size > 1 else ''}: the model states take {format_bytes(memory.device_total)} "
         f"per GPU ({parts}; in the optimizer step {format_bytes(memory.device_at_step)}), "
         f"and {hardware.name} has {format_bytes(hardware.memory_bytes)}. {way_out}",

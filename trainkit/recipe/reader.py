@@ -80,6 +80,17 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     return recipe
 
 
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys of a recipe file as they stand, unchecked: of a run that is only looked at, whose model or data may be elsewhere.
+
+    Raises RecipeError for what is no YAML or no recipe at all.
+    """
+    document = _read_yaml(_read_text(path), str(path))
+    if document.faults:
+        raise RecipeError(faults=tuple(document.faults))
+    return document.values
+
+
 def recipe_to_yaml(recipe: Recipe, defaults: bool = True) -> str:
     """The recipe with resolved paths; with all defaults, read_recipe makes an equal recipe of it."""
     values = recipe.model_dump(mode="json", exclude_defaults=not defaults)

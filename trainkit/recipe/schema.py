@@ -101,6 +101,11 @@ class Optimizer(Section):
     max_grad_norm: NonNegativeFloat = Field(1.0, description="Gradients are scaled down to this global L2 norm; 0 switches clipping off.")
 
 
+class Profile(Section):
+    start: PositiveInt = Field(3, description="First optimizer step of the trace, counted from 1.")
+    steps: Annotated[int, Field(gt=0, le=100)] = Field(3, description="How many optimizer steps are traced; a step can take some MB.")
+
+
 class Train(Section):
     epochs: PositiveInt | None = Field(None, description="Passes over the training rows.")
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps: a cap that wins over epochs and sets the schedule's horizon.")
@@ -115,6 +120,7 @@ class Train(Section):
         None, description="Stop after so many evaluations in a row without a better metric."
     )
     halve_on_oom: bool = Field(False, description="After running out of memory, go on with half the micro-batch budget; same global batch.")
+    profile: Profile | None = Field(None, description="Trace some optimizer steps of every rank into the run folder's profile/.")
     deterministic: bool = Field(False, description="Only kernels that give the same bits every time: slower, and exact resume on a GPU.")
 
 

@@ -72,28 +72,17 @@ def write_whole(path: Path, text: str, durable: bool = True) -> None:
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
     """Of a file of JSON lines, up to the first that is cut off."""
-    return lines_until_damage(path)[0]
-
-
-def lines_until_damage(path: Path) -> tuple[list[dict[str, Any]], int | None]:
-    """The lines before the first that cannot be read, and the number of that one, from 1; None if all can.
-
-    What stands behind the last line's end is being written, or was when its writer was killed, and is no damage.
-    """
     try:
-        text = path.read_text("utf-8", errors="replace")
+        text = path.read_text("utf-8")
     except FileNotFoundError:
-        return [], None
-    lines: list[dict[str, Any]] = []
-    for line in text[: text.rfind("\n") + 1].split("\n")[:-1]:
+        return []
+    lines = []
+    for line in text[: text.rfind("\n") + 1].splitlines():
         try:
-            value = json.loads(line)
+            lines.append(json.loads(line))
         except ValueError:  # a machine that lost its power leaves anything behind
-            return lines, len(lines) + 1
-        if not isinstance(value, dict):
-            return lines, len(lines) + 1
-        lines.append(value)
-    return lines, None
+            break
+    return lines
 
 
 def linked(source: str | Path, target: str | Path) -> None:

@@ -20,7 +20,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -112,10 +112,14 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any] | None:
         """summary.json; None while the run has not ended."""
-        try:
-            return json.loads((self.path / "summary.json").read_text("utf-8"))
-        except FileNotFoundError:
-            return None
+        return _read_json(self.path / "summary.json")
+
+    def write_worked(self, worked: Mapping[str, Any]) -> None:
+        """How long commands have worked on this run (runs/worked.py)."""
+        self._write(".ray/worked.json", json.dumps(worked))
+
+    def read_worked(self) -> dict[str, Any] | None:
+        return _read_json(self.ray / "worked.json")
 
     # -- steps -----------------------------------------------------------------------------------------------------------------------
 
@@ -144,6 +148,14 @@ class RunFolder:
             return (self.ray / "phase").read_text("utf-8")
         except FileNotFoundError:
             return ""
+
+    def write_ranks(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """What each rank measured in the newest step."""
+        write_whole(self.ray / "ranks.json", json.dumps(ranks), durable=False)
+
+    def read_ranks(self) -> list[dict[str, Any]]:
+        """Empty before the first step."""
+        return _read_json(self.ray / "ranks.json") or []
 
     def write_note(self, text: str) -> None:
         """Something that the person who waits shall read, and that ends nothing."""
@@ -309,6 +321,14 @@ def _make_named(storage: Path, name: str) -> Path:
 
 def _taken(path: Path) -> UsageError:
     return UsageError(f"{path}: this run exists. Go on with --resume, choose another --name, or leave it away for the next free number")
+
+
+def _read_json(path: Path) -> Any:
+    """None where there is no such file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
 
 
 def _pretty(facts: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The face for notebooks: plan a recipe, start a run beside the notebook, open a run folder.
+"""The face for notebooks: plan a recipe, start a run beside the notebook, open run folders, and compare them.
 
 `plan` and `train` take a recipe as it is at hand: a file, a Recipe, or a mapping of sections.
 """
@@ -20,6 +20,8 @@ from trainkit.planning.planner import Plan
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.child import Child
+from trainkit.runs.compare import read_rows
+from trainkit.runs.compared import Comparison
 from trainkit.runs.files import write_whole
 from trainkit.runs.folder import RunFolder
 from trainkit.runs.opened import Run, open_folder, shown_path
@@ -122,7 +124,7 @@ def train(
         folder.write_recipe(recipe_to_yaml(wish))
     else:
         folder.lock("driver").release()  # another command that works on it is told here
-        folder.write_phase("")
+        (folder.ray / "phase").unlink(missing_ok=True)  # of its end before
     asked = folder.ray / "asked.yaml"
     write_whole(asked, recipe_to_yaml(wish))
     return StartedRun(folder, Child(folder, asked, address), opening.decision.plan)
@@ -131,6 +133,15 @@ def train(
 def open_run(path: str | Path) -> Run:
     """A run folder, finished or not. Raises UsageError for what is none."""
     return Run(open_folder(path))
+
+
+def compare(*runs: str | Path | Run) -> Comparison:
+    """Runs, folders of runs and globs side by side, those that failed or go on included.
+
+    Raises UsageError for what is no run, or is damaged.
+    """
+    rows, notes = read_rows([run.path if isinstance(run, Run) else Path(run) for run in runs])
+    return Comparison(tuple(rows), tuple(notes))
 
 
 def _wish(recipe: RecipeAtHand, data: Any, runs: str | Path | None) -> Recipe:

@@ -17,14 +17,15 @@ from trainkit.errors import UsageError
 from trainkit.planning.planner import Plan
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
-from trainkit.runs.files import is_locked, lines_until_damage
+from trainkit.runs.compare import planned_bytes, read_steps
+from trainkit.runs.files import is_locked
 from trainkit.runs.folder import RunFolder
 from trainkit.units import format_count, format_seconds, gib
 
 if TYPE_CHECKING:
     import pandas
 
-    from trainkit.runs.plots import Picture
+    from trainkit.runs.picture import Picture
 
 _FEWEST = ["step", "loss", "tokens", "seconds"]  # columns of a frame without rows
 _FEW_RANKS = 4  # whose memory is told one by one
@@ -75,9 +76,9 @@ class Run:
 
     @property
     def steps(self) -> pandas.DataFrame:
-        """steps.jsonl so far: a row per optimizer step, a column per key, of a list (peak_memory_gib) a column per rank.
+        """steps.jsonl so far: a row per optimizer step, a column per key: peak_memory_gib/rank_0 of each rank, piece_seconds/forward.
 
-        Warns of a damaged line; the steps before it are there.
+        Warns of a damaged line, which is left out.
         """
         version = _version(self.folder.steps_path)
         if self._steps is None or self._steps[0] != version:
@@ -106,14 +107,14 @@ class Run:
 
     def picture(self, evaluations: pandas.DataFrame | None = None) -> Picture | None:
         """The same with these evaluations, which take longer to read than steps; None before the first step."""
-        from trainkit.runs.plots import run_picture
+        from trainkit.runs.plot_run import run_picture
 
         steps, plan = self.steps, self.plan
         if steps.empty:
             return None
         on_gpu = plan is not None and plan.use_gpu
-        planned = gib(plan.memory.device_total) if on_gpu and plan is not None and plan.memory is not None else None
-        return run_picture(steps, evaluations, planned_gib=planned, resident=not on_gpu)
+        planned = planned_bytes(plan.to_json()) if on_gpu and plan is not None else None
+        return run_picture(steps, evaluations, planned_gib=None if planned is None else gib(planned), resident=not on_gpu)
 
     def predict(self, inputs: Any, max_new_tokens: int | None = None) -> Any:
         """What the run's model answers: generated text, or the name of a class.
@@ -210,17 +211,20 @@ def _version(path: Path) -> object:
 def _frame(path: Path) -> pandas.DataFrame:
     import pandas
 
-    lines, damaged = lines_until_damage(path)
-    if damaged is not None:
-        warnings.warn(f"{path}: line {damaged} cannot be read; the steps from there on are left out", stacklevel=3)
+    lines, faults = read_steps(path)
+    for fault in faults:
+        warnings.warn(f"{path.parent.name}: {fault}", stacklevel=3)
     return pandas.DataFrame([_flat(line) for line in lines], columns=None if lines else _FEWEST).set_index("step")
 
 
 def _flat(step: Mapping[str, Any]) -> dict[str, Any]:
-    """A list has an item per rank, and each gets a key of its own."""
+    """A list has an item per rank. Each of these, and each item of a mapping, gets a key of its own."""
     out: dict[str, Any] = {}
     for key, value in step.items():
-        out |= {f"{key}/rank_{rank}": item for rank, item in enumerate(value)} if isinstance(value, list) else {key: value}
+        if isinstance(value, list):
+            out |= {f"{key}/rank_{rank}": item for rank, item in enumerate(value)}
+        else:
+            out |= {f"{key}/{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
     return out
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from trainkit.cluster.progress import PlainLines, View
 from trainkit.errors import UsageError
-from trainkit.runs.plots import PIXELS_PER_INCH, Picture
+from trainkit.runs.picture import PIXELS_PER_INCH, Picture
 
 if TYPE_CHECKING:
     import pandas

@@ -1,19 +1,31 @@
-"""TensorBoard: the contract's tags, written by rank 0. The other ranks have a silent board."""
+"""TensorBoard, written by rank 0: the curves of tags.py, a page that puts the questions first, the recipe as hyperparameters and as text.
+
+The other ranks have a silent board.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from trainkit.planning.planner import Plan
+from trainkit.recipe.schema import Recipe
+from trainkit.training import tags
 from trainkit.training.meters import StepRecord
 from trainkit.units import gib
+
+_SMOOTHED_STEPS = 20
 
 
 class Board(Protocol):
     def step(self, record: StepRecord) -> None: ...
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None: ...
+    def evaluation(self, step: int, values: Mapping[str, float], seconds: float) -> None: ...
     def checkpoint(self, step: int, stall_seconds: float) -> None: ...
+    def predictions(self, step: int, examples: Sequence[Mapping[str, str]]) -> None: ...
+    def completed(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -21,48 +33,132 @@ class SilentBoard:
     """Of ranks other than 0."""
 
     def step(self, record: StepRecord) -> None: ...
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None: ...
+    def evaluation(self, step: int, values: Mapping[str, float], seconds: float) -> None: ...
     def checkpoint(self, step: int, stall_seconds: float) -> None: ...
+    def predictions(self, step: int, examples: Sequence[Mapping[str, str]]) -> None: ...
+    def completed(self) -> None: ...
     def close(self) -> None: ...
 
 
-class TensorBoard:
-    """Scalars over optimizer steps, in <run>/tensorboard. `done`: steps that stay when a run is resumed; later points are hidden."""
+@dataclass(frozen=True)
+class Story:
+    """What a board says once: of the run as it begins, or goes on."""
 
-    def __init__(self, folder: Path, use_gpu: bool, done: int = 0):
+    use_gpu: bool
+    done: int = 0  # steps that stay when a run is resumed; later points are hidden
+    hyperparameters: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    metrics: Sequence[str] = ()  # tags of the evaluation, beside the loss
+    texts: Mapping[str, str] = field(default_factory=dict)  # markdown by tag
+    expected_peak_bytes: int | None = None
+    kept_seconds: float = 0.0  # of the steps that are done
+    worked_seconds: Callable[[], float] = lambda: 0.0  # of all commands on this run, until now
+
+
+class TensorBoard:
+    """Points over optimizer steps, in <run>/tensorboard."""
+
+    def __init__(self, folder: Path, story: Story):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), flush_secs=10, purge_step=done + 1 if folder.exists() else None)
-        self.use_gpu = use_gpu
+        # Each writer says where it starts: TensorBoard takes the first start in a folder for the beginning, and hides points at later ones.
+        self.writer = SummaryWriter(str(folder), flush_secs=10, purge_step=story.done + 1)
+        self.story, self.kept_seconds = story, story.kept_seconds
+        self.described: set[str] = set()
+        self.recent: deque[StepRecord] = deque(maxlen=_SMOOTHED_STEPS)
+        self.writer.add_custom_scalars(tags.page(story.use_gpu))
+        for tag, text in story.texts.items():
+            self.writer.add_text(tag, text, story.done)
+        experiment, start, self.end = _hyperparameters(story)
+        for summary in (experiment, start):
+            self._files.add_summary(summary, story.done)
 
     def step(self, record: StepRecord) -> None:
-        for tag, value in self._scalars(record).items():
-            self.writer.add_scalar(tag, value, record.step)
+        self.recent.append(record)
+        self.kept_seconds += record.seconds
+        points = {tag: (value, description) for tag, description, value in tags.scalars(record, self.story.use_gpu)}
+        seconds = sum(past.seconds for past in self.recent)
+        others = {
+            "throughput/samples_per_second_smoothed": sum(past.samples for past in self.recent) / seconds,
+            "throughput/tokens_per_second_smoothed": sum(past.tokens for past in self.recent) / seconds,
+        }
+        if worked := self.story.worked_seconds():
+            others["throughput/goodput"] = self.kept_seconds / worked
+        if self.story.expected_peak_bytes is not None:
+            others["memory/planned_peak_gib"] = gib(self.story.expected_peak_bytes)
+        self._add(record.step, points | _described(others))
 
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(f"eval/{name}", value, step)
+    def evaluation(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        known, text = tags.OTHER_TAGS, "{} over the evaluation rows."
+        points = {f"eval/{name}": (value, known.get(f"eval/{name}", text.format(name))) for name, value in values.items()}
+        self._add(step, points | _described({"time/evaluation_seconds": seconds}))
 
     def checkpoint(self, step: int, stall_seconds: float) -> None:
-        self.writer.add_scalar("time/checkpoint_stall_seconds", stall_seconds, step)
+        self._add(step, _described({"time/checkpoint_stall_seconds": stall_seconds}))
+
+    def predictions(self, step: int, examples: Sequence[Mapping[str, str]]) -> None:
+        rows = ["| source | predicted | expected |", "|---|---|---|"]
+        rows += [f"| {' | '.join(_cell(one[name]) for name in ('source', 'predicted', 'expected'))} |" for one in examples]
+        if examples:
+            self.writer.add_text("predictions", "\n".join(rows), step)
+
+    def completed(self) -> None:
+        """Says in the HParams tab that this run has come to its end."""
+        self._files.add_summary(self.end)
 
     def close(self) -> None:
         self.writer.close()
 
-    def _scalars(self, record: StepRecord) -> dict[str, float]:
-        scalars = {
-            "train/loss": record.loss,
-            "train/grad_norm": record.grad_norm,
-            "train/learning_rate": record.lr,
-            "throughput/samples_per_second": record.samples / record.seconds,
-            "throughput/tokens_per_second": record.tokens / record.seconds,
-            "time/step_seconds": record.seconds,
-            "time/data_wait_fraction": record.data_wait_seconds / record.seconds,
-        }
-        for rank, (peak, reserved) in enumerate(zip(record.peak_bytes, record.reserved_bytes, strict=True)):
-            if self.use_gpu:
-                scalars[f"memory/peak_allocated_gib/rank_{rank}"] = gib(peak)
-                scalars[f"memory/peak_reserved_gib/rank_{rank}"] = gib(reserved)
-            else:
-                scalars[f"memory/peak_rss_gib/rank_{rank}"] = gib(peak)
-        return scalars
+    @property
+    def _files(self) -> Any:
+        return self.writer.file_writer
+
+    def _add(self, step: int, points: Mapping[str, tuple[float, str]]) -> None:
+        """(value, description) by tag, in one event. A curve's first point brings its description, which SummaryWriter has no word for."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.scalar.metadata import create_summary_metadata
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, (value, _) in points.items()]
+        for point in values:
+            if point.tag not in self.described:
+                self.described.add(point.tag)
+                point.metadata.CopyFrom(create_summary_metadata(display_name="", description=points[point.tag][1]))
+        self._files.add_summary(Summary(value=values), step)
+
+
+def _described(values: Mapping[str, float]) -> dict[str, tuple[float, str]]:
+    return {tag: (value, tags.OTHER_TAGS[tag]) for tag, value in values.items()}
+
+
+def hyperparameters(recipe: Recipe, plan: Plan) -> dict[str, str | int | float | bool]:
+    """What runs are compared by: the training, and its layout."""
+    return {
+        "model": Path(recipe.model.path).name if Path(recipe.model.path).is_absolute() else recipe.model.path,
+        "precision": plan.precision,
+        "lora rank": recipe.model.lora.r if recipe.model.lora is not None else 0,
+        "zero": plan.zero_name,
+        "workers": plan.world_size,
+        "device": plan.device_name,
+        "batch.samples": plan.samples_per_step,
+        "micro-batches a step": plan.micro_batches_per_step,
+        "optimizer.lr": recipe.optimizer.lr,
+        "optimizer.lr_scheduler_type": recipe.optimizer.lr_scheduler_type,
+        "optimizer.warmup_steps": plan.warmup_steps,
+        "optimizer.weight_decay": recipe.optimizer.weight_decay,
+        "train steps": plan.total_steps,
+        "train.seed": recipe.train.seed,
+    }
+
+
+def _hyperparameters(story: Story) -> tuple[Any, Any, Any]:
+    """Summaries that the HParams tab reads: what is compared, this run's values, and that it ended well."""
+    from torch.utils.tensorboard.summary import hparams
+
+    peak = "memory/peak_allocated_gib/rank_0" if story.use_gpu else "memory/peak_rss_gib/rank_0"
+    compared = ["train/loss", "eval/loss", *(f"eval/{name}" for name in story.metrics)]
+    compared += ["throughput/samples_per_second_smoothed", "throughput/tokens_per_second_smoothed", "throughput/mfu", peak]
+    return hparams(dict(story.hyperparameters), dict.fromkeys(compared, 0.0))
+
+
+def _cell(text: str) -> str:
+    """Text of a model in a markdown table."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

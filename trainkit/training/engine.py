@@ -20,7 +20,7 @@ from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.errors import PlanMismatch
 from trainkit.planning.planner import Plan
 from trainkit.training.model import DTYPES, TASKS, persistent_buffers
-from trainkit.training.states import STATES, WEIGHT, Piece
+from trainkit.training.states import STATES, WEIGHT, Held, Piece, storage_bytes
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -171,6 +171,16 @@ class Engine:
         for name, buffer in persistent_buffers(self.ds.module).items():
             buffer.copy_(read(name))
 
+    def held(self) -> Held:
+        """Bytes of the parameters and of the optimizer's states, fp32 weights included, on this rank after a step."""
+        parameters = [getattr(p, "ds_tensor", p).detach() for p in self.ds.module.parameters()] + list(self.ds.module.parameters())
+        groups = (p for group in self.ds.basic_optimizer.param_groups for p in group["params"])
+        states = (value for state in self._optimizer_state.values() for value in state.values() if torch.is_tensor(value))
+        seen: set[int] = set()
+        of_parameters, of_optimizer = storage_bytes(parameters, seen), storage_bytes([*groups, *states, *self._fp32_partitions], seen)
+        device, host = self.device.type, "cpu" if self.device.type != "cpu" else ""
+        return Held(of_parameters[device], of_optimizer[device], of_parameters[host], of_optimizer[host])
+
     def close(self) -> None:
         """Free what DeepSpeed holds."""
         self.ds.destroy()
@@ -186,6 +196,11 @@ class Engine:
     @property
     def _optimizer_state(self) -> Any:
         return self.ds.basic_optimizer.state
+
+    @property
+    def _fp32_partitions(self) -> list[torch.Tensor]:
+        """Weights in fp32 that the optimizer sees in pieces, one at a time: stage 3's."""
+        return list(getattr(self.ds.optimizer, "fp32_partitioned_groups_flat", []))
 
     @property
     def _scaler(self) -> Any:

@@ -21,6 +21,7 @@ from trainkit.errors import NonFiniteError
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.training.meters import StepLedger, StepRecord, Submitted
+from trainkit.training.rank_meters import BACKWARD, FORWARD, OPTIMIZER, RankMeters, Stopwatch
 
 if TYPE_CHECKING:
     from trainkit.training.engine import Engine
@@ -70,22 +71,24 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
     _evaluate_if_due(outcome, plan, recipe, around)  # an interrupt came before it
     if _out_of_patience(outcome, recipe):
         return outcome
-    ledger = StepLedger(engine.device, plan.world_size, around.report)
-    with contextlib.closing(ledger):
+    meters = RankMeters(engine.device, engine.held, (lambda work: 0.0) if plan.flops is None else plan.flops.of)
+    with contextlib.closing(StepLedger(engine.device, plan, meters, around.report)) as ledger:
         for step in range(outcome.steps + 1, plan.total_steps + 1):
             began = time.perf_counter()
             around.begins(step, DATA_WAIT)
             batch = feed.micro_batches(step)
             data_wait = time.perf_counter() - began
 
-            loss_sum = forward_and_backward(engine, batch, recipe.train.seed, around.begins)
+            stopwatch = Stopwatch(engine.device)
+            loss_sum = forward_and_backward(engine, batch, recipe.train.seed, around.begins, stopwatch.lap)
             around.begins(step, "the optimizer step")
             lr = learning_rate(step, plan.total_steps, plan.warmup_steps, recipe.optimizer.lr, recipe.optimizer.lr_scheduler_type)
             grad_norm, applied = engine.step(lr)
+            stopwatch.lap(OPTIMIZER)
 
             around.begins(step, "the exchange of the step's numbers")
             wishes = around.stop_requested(), around.save_requested()
-            before = ledger.submit(Submitted(batch, loss_sum, grad_norm, applied, lr, data_wait, began, *wishes))
+            before = ledger.submit(Submitted(batch, loss_sum, grad_norm, applied, lr, data_wait, began, stopwatch, *wishes))
             if _stops(before, plan, outcome):
                 break
             if evaluation_due(step, plan):
@@ -109,7 +112,11 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
 
 
 def forward_and_backward(
-    engine: Engine, batch: StepBatch, seed: int, begins: Callable[[int, str], None] = lambda step, piece: None
+    engine: Engine,
+    batch: StepBatch,
+    seed: int,
+    begins: Callable[[int, str], None] = lambda step, piece: None,
+    ended: Callable[[str], None] = lambda piece: None,
 ) -> torch.Tensor:
     """All micro-batches of this rank; returns the sum of their losses, a scalar on the device.
 
@@ -120,7 +127,9 @@ def forward_and_backward(
         begins(batch.step, f"forward and backward of micro-batch {number} of {len(batch.micro_batches)}")
         torch.manual_seed(combine(seed, batch.step, micro.index) % 2**63)
         sum_loss = engine.sum_loss(micro)
+        ended(FORWARD)
         engine.backward(sum_loss, batch.label_tokens, last=micro is batch.micro_batches[-1])
+        ended(BACKWARD)
         total += sum_loss.detach()
     return total
 

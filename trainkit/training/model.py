@@ -6,6 +6,7 @@ loads them like pretrained ones. So every ZeRO stage and world size starts from 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -18,14 +19,18 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
 from trainkit.data.feed import IGNORED_LABEL, MicroBatch
 from trainkit.errors import DataError
-from trainkit.planning.facts import ModelFacts, Parameter
+from trainkit.planning.facts import Matrices, ModelFacts, Parameter
 from trainkit.recipe.schema import Lora, Recipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 Gathered = Callable[[torch.nn.Parameter], AbstractContextManager[Any]]
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how transformers' configs call them
+_OF_THE_SOURCE = re.compile(r"(EncDecAttention|encoder_attn|cross_?attention|cross_attn)\.(k|v|key|value)(_proj)?\b")
+_ONCE_A_ROW = re.compile(r"(^|\.)(pooler|classifier|classification_head|score)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -130,16 +135,52 @@ def model_facts(recipe: Recipe, label_names: Sequence[str] | None = None) -> Mod
     with init_empty_weights(include_buffers=True):
         model = _add_lora(_from_config(recipe, config, torch.float32), recipe)
     text = config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", 0) + (getattr(text, "num_decoder_layers", None) or 0 if config.is_encoder_decoder else 0)
     return ModelFacts(
         model_type=config.model_type,
         parameters=tuple(Parameter(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()),
         buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         hidden_size=text.hidden_size,
-        num_layers=layers,
+        num_layers=getattr(text, "num_hidden_layers", 0) + _decoder_layers(config),
         vocab_size=text.vocab_size,
         attn_implementation=str(base_model(model).config._attn_implementation),
+        matrices=_matrices(base_model(model), config),
     )
+
+
+def _matrices(model: Any, config: Any) -> Matrices | None:
+    """None for experts, of which a token sees few, and where other weights than linear layers' and lookups' matter (over 1 %)."""
+    text = config.get_text_config()
+    if any(getattr(text, name, None) for name in _EXPERTS):
+        return None
+    encoder = {id(module) for module in model.get_encoder().modules()} if config.is_encoder_decoder else set()
+    counts = {"source": 0, "target": 0, "source_trained": 0, "target_trained": 0}
+    known: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding):
+            known.add(id(module.weight))
+        if not isinstance(module, torch.nn.Linear | Conv1D):
+            continue
+        known.add(id(module.weight))
+        if _ONCE_A_ROW.search(name):
+            continue
+        stream = "target" if config.is_encoder_decoder and id(module) not in encoder and not _OF_THE_SOURCE.search(name) else "source"
+        counts[stream] += module.weight.numel()
+        counts[f"{stream}_trained"] += module.weight.numel() if module.weight.requires_grad else 0
+    parameters = list(model.parameters())
+    others = sum(p.numel() for p in parameters if id(p) not in known and p.ndim > 1)  # norms and biases are not counted anyway
+    if others > 0.01 * sum(p.numel() for p in parameters):
+        return None
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
+    return Matrices(**counts, decoder_layers=_decoder_layers(config), attention_width=heads * head_width)
+
+
+def _decoder_layers(config: Any) -> int:
+    """Beside num_hidden_layers, which are the encoder's where there is one; T5 and BART call them differently."""
+    if not config.is_encoder_decoder:
+        return 0
+    text: Any = config.get_text_config()
+    return getattr(text, "num_decoder_layers", 0) or getattr(text, "decoder_layers", 0)
 
 
 def write_first_weights(recipe: Recipe, path: Path, label_names: Sequence[str] | None = None) -> Path | None:

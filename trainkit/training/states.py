@@ -5,7 +5,9 @@ Only the copy makes training wait. The pieces travel among the ranks' writing th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -76,3 +78,24 @@ def joined(pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> Tensors:
         elif piece.values.numel():
             dist.send(piece.values, group=group, group_dst=writer)
     return out
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of tensors that live as long as the engine, on the device and on the host."""
+
+    parameters: int = 0
+    optimizer: int = 0
+    host_parameters: int = 0
+    host_optimizer: int = 0
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> Counter[str]:
+    """Bytes by type of device; memory that several tensors share counts once, and what was seen before not at all."""
+    found: Counter[str] = Counter()
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            found[tensor.device.type] += storage.nbytes()
+    return found

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+from trainkit.runs.picture import Picture
 
 if TYPE_CHECKING:
     import pandas
 
 SMOOTHED_STEPS = 10  # of tokens/s: the time over which an older step loses its weight
 NAMED_RANKS = 8  # more are drawn alike
-PIXELS_PER_INCH = 110
 _BLUE, _ORANGE, _RED, _FAINT = "#1f6fb4", "#d9730d", "#c0392b", 0.3
 _MEMORY = "peak_memory_gib/rank_"
-
-
-class Picture(Figure):
-    """A figure that a notebook shows as it is, whether pyplot was loaded or not."""
-
-    def _repr_png_(self) -> bytes:
-        return self.png()
-
-    def png(self) -> bytes:
-        out = io.BytesIO()
-        self.savefig(out, format="png", dpi=PIXELS_PER_INCH)
-        return out.getvalue()
 
 
 def run_picture(
@@ -37,8 +24,8 @@ def run_picture(
 ) -> Picture:
     """Loss, tokens/s and memory of every rank over the optimizer steps.
 
-    steps, evaluations: as Run.steps and Run.evaluations. planned_gib: the plan's model states on a device. resident: the memory is
-    that of whole processes, as on a CPU.
+    steps, evaluations: as Run.steps and Run.evaluations. planned_gib: of one worker's device, as the plan expects it.
+    resident: the memory is that of whole processes, as on a CPU.
     """
     picture = Picture(figsize=(12, 3.2), layout="constrained")
     loss, speed, memory = picture.subplots(1, 3)
@@ -85,7 +72,7 @@ def _memory(axes: Axes, steps: pandas.DataFrame, planned_gib: float | None, resi
             label = "_" if number else f"{len(ranks)} ranks"  # "_" stays out of the legend
             axes.plot(steps.index, steps[column], color=_BLUE, alpha=_FAINT, label=label, marker=_marker(steps))
     if planned_gib is not None:
-        axes.axhline(planned_gib, color="black", linestyle=":", label="model states as planned")
+        axes.axhline(planned_gib, color="black", linestyle=":", label="planned")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
     axes.set_ylim(bottom=0)
     if axes.get_legend_handles_labels()[0]:

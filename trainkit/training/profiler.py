@@ -1,0 +1,55 @@
+"""A trace of some optimizer steps, on request (`train.profile`): a file per rank that ui.perfetto.dev or chrome://tracing opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainkit.recipe.schema import Profile
+
+
+class NoProfiler:
+    """Nothing was asked for."""
+
+    def begins(self, step: int, piece: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Profiler(NoProfiler):
+    """Traces the CPU and the GPU of one rank; each piece of work of a step is a range of the trace, called as it is."""
+
+    def __init__(self, window: Profile, path: Path, device: torch.device):
+        """path: of the trace, which ends in .json.gz"""
+        self.window, self.path = window, path
+        kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [])
+        self.profile = torch.profiler.profile(activities=kinds)
+        self.running = False
+        self.range: Any = None
+
+    def begins(self, step: int, piece: str) -> None:
+        """Called at the beginning of every piece of work of a step."""
+        inside = self.window.start <= step < self.window.start + self.window.steps
+        if self.running:
+            self.range.__exit__(None, None, None)
+        if inside and not self.running:
+            self.profile.start()
+        self.running, ended = inside, self.running and not inside
+        if inside:
+            self.range = torch.profiler.record_function(f"step {step}: {piece}")
+            self.range.__enter__()
+        if ended:
+            self._write()
+
+    def close(self) -> None:
+        """A window that the run's end cuts off is written as well."""
+        if self.running:
+            self.range.__exit__(None, None, None)
+            self.running = False
+            self._write()
+
+    def _write(self) -> None:
+        self.profile.stop()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.profile.export_chrome_trace(str(self.path))

@@ -1,0 +1,179 @@
+"""What one rank measures of itself: seconds and bytes of a step's pieces, and what its GPU says.
+
+Nothing here waits for the GPU. Marks are events on its stream, read when the step is over; bytes are the allocator's own counts; the
+GPU's sensors are asked by a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from trainkit.planning.flops import Work
+from trainkit.training.states import Held
+
+FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
+_SENSOR_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class RankNumbers:
+    """One rank's numbers of one step, as all ranks gather them. On a CPU the bytes are the process's resident set, without categories."""
+
+    tokens: int  # real ones
+    padded_tokens: int
+    flops: float  # of the model on the real tokens
+    data_wait_seconds: float
+    peak_bytes: int  # allocated, since the start
+    peak_reserved_bytes: int  # by torch's allocator, since the start
+    allocated_bytes: int  # now, after the step
+    reserved_bytes: int
+    host_bytes: int  # resident set of the process
+    parameter_bytes: int  # of the device, like the following ones
+    optimizer_bytes: int
+    bucket_bytes: int  # buckets, and what else stays between two steps
+    gradient_bytes: int  # more than stays, after the last backward
+    activation_bytes: int  # what the largest forward of the step left for its backward
+    gpu_utilization: float  # share of the last second in which a kernel ran; like the following ones NaN where no GPU says it
+    gpu_watts: float
+    gpu_celsius: float
+
+
+class Stopwatch:
+    """The pieces of one step on one rank, from now on: their seconds, and the bytes that they leave on the device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.marks: list[tuple[str, Any]] = [("", self._now())]
+        self.base_bytes = self.last_bytes = self._allocated()
+        self.activation_bytes = self.gradient_bytes = 0
+
+    def lap(self, piece: str) -> None:
+        """A piece ends here; the same name may come several times."""
+        self.marks.append((piece, self._now()))
+        allocated = self._allocated()
+        if piece == FORWARD:
+            self.activation_bytes = max(self.activation_bytes, allocated - self.last_bytes)
+        elif piece == BACKWARD:
+            self.gradient_bytes = allocated - self.base_bytes
+        self.last_bytes = allocated
+
+    def seconds(self) -> dict[str, float]:
+        """By piece. On a GPU: of its stream, and only once the step is over there."""
+        total: dict[str, float] = {}
+        for (_, before), (piece, after) in zip(self.marks, self.marks[1:], strict=False):
+            total[piece] = total.get(piece, 0.0) + self._between(before, after)
+        return total
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, before: Any, after: Any) -> float:
+        return before.elapsed_time(after) / 1000 if self.device.type == "cuda" else after - before
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+class RankMeters:
+    """Puts together a rank's numbers. Close it at the end."""
+
+    def __init__(self, device: torch.device, held: Callable[[], Held], flops: Callable[[Work], float]):
+        """held: asked once, after the first step, when the optimizer has its states."""
+        self.device, self.flops, self._ask_held = device, flops, held
+        self.held: Held | None = None
+        self.process = psutil.Process()
+        self.sensors = Sensors(device) if device.type == "cuda" else NoSensors()
+
+    def numbers(self, work: Work, padded_tokens: int, data_wait_seconds: float, stopwatch: Stopwatch) -> RankNumbers:
+        if self.held is None:
+            self.held = self._ask_held()
+        resident = self.process.memory_info().rss
+        peak, peak_reserved, allocated, reserved = device_bytes(self.device, self.process)
+        states = self.held.parameters + self.held.optimizer
+        utilization, watts, celsius = self.sensors.last
+        return RankNumbers(
+            tokens=work.tokens,
+            padded_tokens=padded_tokens,
+            flops=self.flops(work),
+            data_wait_seconds=data_wait_seconds,
+            peak_bytes=peak,
+            peak_reserved_bytes=peak_reserved,
+            allocated_bytes=allocated,
+            reserved_bytes=reserved,
+            host_bytes=resident,
+            parameter_bytes=self.held.parameters,
+            optimizer_bytes=self.held.optimizer,
+            bucket_bytes=max(0, stopwatch.base_bytes - states),  # less than the states before the first step
+            gradient_bytes=stopwatch.gradient_bytes,
+            activation_bytes=stopwatch.activation_bytes,
+            gpu_utilization=utilization,
+            gpu_watts=watts,
+            gpu_celsius=celsius,
+        )
+
+    def close(self) -> None:
+        self.sensors.close()
+
+
+def device_bytes(device: torch.device, process: psutil.Process) -> tuple[int, int, int, int]:
+    """(peak allocated, peak reserved, allocated, reserved) of the GPU; of a CPU the peak and the current resident set, each twice."""
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        names = ("allocated_bytes.all.peak", "reserved_bytes.all.peak", "allocated_bytes.all.current", "reserved_bytes.all.current")
+        peak, peak_reserved, allocated, reserved = (int(stats.get(name, 0)) for name in names)
+        return peak, peak_reserved, allocated, reserved
+    resident, peak = process.memory_info().rss, peak_resident_bytes()
+    return peak, peak, resident, resident
+
+
+def peak_resident_bytes() -> int:
+    """Of this process since its start."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class NoSensors:
+    """Of a CPU, or where NVML gives nothing."""
+
+    last = (math.nan, math.nan, math.nan)
+
+    def close(self) -> None: ...
+
+
+class Sensors(NoSensors):
+    """Utilization (0 to 1), power in W and temperature in °C of one GPU, asked once a second by a thread."""
+
+    def __init__(self, device: torch.device):
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, args=(str(torch.cuda.get_device_properties(device).uuid),), daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.ended.set()
+        self.thread.join(_SENSOR_SECONDS)
+
+    def _watch(self, uuid: str) -> None:
+        import pynvml
+
+        with contextlib.suppress(pynvml.NVMLError):  # no driver library here, or a GPU that does not say: the readings stay NaN
+            pynvml.nvmlInit()
+            gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            while not self.ended.wait(_SENSOR_SECONDS):
+                self.last = (
+                    pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
+                    pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+                    float(pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU)),
+                )
