@@ -1,44 +1,43 @@
 """trainkit: fine-tune Hugging Face models on many workers.
 
-    recipe = trainkit.load_recipe("recipes/quickstart.yaml", ["optimizer.lr=3e-4"])
-    plan = trainkit.plan("recipes/quickstart.yaml")
+    recipe = trainkit.load_recipe("recipes/quickstart.yaml").with_({"optimizer.lr": 3e-4})
+    trainkit.plan(recipe)
+    run = trainkit.train(recipe)      # beside this process
+    run.watch()
+    trainkit.open_run("runs/quickstart-1").plot()
+    trainkit.compare("runs")
 
 Names are loaded when they are first used: importing trainkit loads neither torch nor ray.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from trainkit.planning.planner import Plan
     from trainkit.recipe.reader import read_recipe as load_recipe
     from trainkit.recipe.schema import Recipe
+    from trainkit.runs.notebook import compare, open_run, plan, train
 
-__all__ = ["Recipe", "load_recipe", "plan"]
+__all__ = ["Recipe", "compare", "load_recipe", "open_run", "plan", "train"]
 
-
-def plan(path: str | Path, overrides: Sequence[str] = (), gpu_memory: str | int | None = None) -> Plan:
-    """The plan of a recipe file: batch, steps, memory. `gpu_memory` ("80GiB") plans for GPUs that are elsewhere."""
-    from pathlib import Path
-
-    from trainkit.cluster.decision import decide
-    from trainkit.recipe.reader import read_recipe
-    from trainkit.units import parse_bytes
-
-    return decide(read_recipe(path, overrides), Path(path), None if gpu_memory is None else parse_bytes(gpu_memory)).plan
+_HOMES = {
+    "Recipe": ("trainkit.recipe.schema", "Recipe"),
+    "compare": ("trainkit.runs.notebook", "compare"),
+    "load_recipe": ("trainkit.recipe.reader", "read_recipe"),
+    "open_run": ("trainkit.runs.notebook", "open_run"),
+    "plan": ("trainkit.runs.notebook", "plan"),
+    "train": ("trainkit.runs.notebook", "train"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Recipe":
-        from trainkit.recipe.schema import Recipe
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trainkit' has no attribute {name!r}")
+    module, own_name = _HOMES[name]
+    return getattr(import_module(module), own_name)
 
-        return Recipe
-    if name == "load_recipe":
-        from trainkit.recipe.reader import read_recipe
 
-        return read_recipe
-    raise AttributeError(f"module 'trainkit' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

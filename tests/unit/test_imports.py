@@ -23,7 +23,7 @@ OWNERS = {
     "accelerate": ["training/model.py"],
     "typer": ["cli.py"],
     "fsspec": ["runs/copies.py"],
-    "matplotlib": ["runs/plot.py"],
+    "matplotlib": ["runs/picture.py", "runs/plot.py", "runs/plot_run.py"],
 }
 PLAN = """
 from trainkit.cli import main

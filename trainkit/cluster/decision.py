@@ -35,8 +35,8 @@ class Decision:
         return replace(self, plan=make_plan(self.recipe.model_copy(update={"scaling": scaling}), *self.facts))
 
 
-def decide(recipe: Recipe, path: Path, gpu_memory_bytes: int | None = None) -> Decision:
-    """Plan a recipe that was read from `path`. `gpu_memory_bytes` plans for GPUs that are elsewhere.
+def decide(recipe: Recipe, path: Path | None, gpu_memory_bytes: int | None = None) -> Decision:
+    """Plan a recipe that was read from `path`, or made in Python. `gpu_memory_bytes` plans for GPUs that are elsewhere.
 
     What is not here and not reached leaves its facts unknown. Raises DataError for what is here and is wrong, RecipeError for a ZeRO
     configuration or precision that cannot be, DoesNotFit if the model states exceed the device.

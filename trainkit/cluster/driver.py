@@ -16,13 +16,13 @@ from typing import Any
 from rich.console import Console
 
 from trainkit.cluster import hardware, screen
-from trainkit.cluster.capacity import Node, workers_here, workers_on
-from trainkit.cluster.decision import Decision, decide
+from trainkit.cluster.capacity import Node, workers_on
+from trainkit.cluster.decision import Decision
 from trainkit.cluster.faults import Allowed, Failure
 from trainkit.cluster.faults import decide as decide_what_to_do
 from trainkit.cluster.launch import Launch, launch
+from trainkit.cluster.opening import opened
 from trainkit.cluster.progress import View, counter, display
-from trainkit.cluster.resume import check_unfinished, resumed_recipe, run_to_resume
 from trainkit.cluster.session import cluster_address, environment, environment_settings, ray_session
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
@@ -33,7 +33,7 @@ from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import checkpoints, copying
 from trainkit.runs.checkpoints import Checkpoint
-from trainkit.runs.folder import LEASE_SECONDS, PREDECESSOR_SECONDS, RunFolder, check_storage
+from trainkit.runs.folder import LEASE_SECONDS, PREDECESSOR_SECONDS, RunFolder
 from trainkit.runs.worked import WorkedTime
 from trainkit.units import format_bytes
 
@@ -61,41 +61,16 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         try:
             address = cluster_address(options.address)
             path = options.recipe / "recipe.yaml" if options.resume and options.recipe.is_dir() else options.recipe
-            wish = recipe = read_recipe(path, options.overrides)
-            before = run_to_resume(wish, path, options.name) if options.resume else None
-            if before is not None:
-                recipe = resumed_recipe(before, wish)
-            check_storage(recipe.run.storage_path, recipe.name, None if before else options.name)
-            decision = _decide(recipe, path, address, console)
-            if before is not None:
-                check_unfinished(before, decision.plan.total_steps)
-            folder = before or RunFolder.create(recipe.run.storage_path, recipe.name, options.name, _copied_runs(recipe, options.name))
+            wish = read_recipe(path, options.overrides)
+            opening = opened(wish, path, options.name, options.resume, address, lambda plan: console.print(plan_text(plan)))
+            folder = opening.folder()
         except KeyboardInterrupt:
             raise Interrupted("interrupted before anything was started") from None
-        with folder.lock("driver", wait_seconds=PREDECESSOR_SECONDS if before else 0.0):
-            resumed, worked = before is not None, WorkedTime(folder, time.time() - (time.monotonic() - began))
-            asked = _Run(address, options.verbose, wish, recipe, decision, decision.plan, folder, console, signals, worked, resumed)
+        resumed = opening.before is not None
+        with folder.lock("driver", wait_seconds=PREDECESSOR_SECONDS if resumed else 0.0):
+            worked, decision = WorkedTime(folder, time.time() - (time.monotonic() - began)), opening.decision
+            asked = _Run(address, options.verbose, wish, opening.recipe, decision, decision.plan, folder, console, signals, worked, resumed)
             return _recorded(asked, began)
-
-
-def _copied_runs(recipe: Recipe, name: str | None) -> set[str]:
-    """Raises UsageError if a run of the wished name has its copy already, or the copies cannot be read."""
-    url = recipe.run.copy_checkpoints_to
-    taken = set() if url is None else copying.runs_at(url)
-    if name in taken:
-        raise UsageError(f"{url}/{name}: a copy of a run of this name lies there. Go on with it with --resume, or choose another --name")
-    return taken
-
-
-def _decide(recipe: Recipe, path: Path, address: str | None, console: Console) -> Decision:
-    """Print the plan, and check that this machine has what the workers take. A run needs what a mere plan may leave unknown."""
-    decision = decide(recipe, path)
-    if address is None and not decision.unknown:
-        decision = decision.with_workers(workers_here(hardware.local_resources(), recipe.scaling, decision.plan.world_size))
-    console.print(plan_text(decision.plan))
-    if decision.unknown:
-        raise DataError("\n".join(decision.unknown))
-    return decision
 
 
 @dataclass
@@ -141,7 +116,7 @@ class _Run:
         self._check_data(prepared, checkpoint)
         attempt, self.oom_kills = self.folder.begin_attempt(), hardware.oom_kills()
         self.folder.keep_steps(done)
-        if self.resumed or self.failures:
+        if done or attempt > 1 or self.failures:
             self._say(f"going on from step {done}" if done else "no checkpoint yet: beginning again", "dim")
         asked = Launch(
             recipe=self.recipe,

@@ -18,13 +18,14 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 
-from trainkit.planning.show import as_lines
+from trainkit.markup import plain
 from trainkit.runs.folder import RunFolder, StepTail
 from trainkit.units import format_count, format_seconds, gib
 
 TRAINING = "training"
 _SMOOTHING = 0.1  # weight of the newest step in tokens/s and ETA
 _PLAIN_SECONDS = 10.0
+_MOST_WIDTH = 160  # of a table in a log
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class PlainLines:
         if line not in ("", self.printed):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
             if self.waiting is not None and self.waiting.ranks:
-                self.console.print(as_lines(rank_table(self.waiting.ranks)), highlight=False, markup=False, soft_wrap=True)
+                self.console.print(plain(rank_table(self.waiting.ranks), width=_MOST_WIDTH), highlight=False, markup=False, soft_wrap=True)
             self.printed = line
         self.waiting, self.printed_at = None, self.clock()
 

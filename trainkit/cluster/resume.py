@@ -19,7 +19,7 @@ LAYOUT = (  # may differ from what the run began with: where and how often, not 
 )  # fmt: skip
 
 
-def run_to_resume(recipe: Recipe, path: Path, name: str | None) -> RunFolder:
+def run_to_resume(recipe: Recipe, path: Path | None, name: str | None) -> RunFolder:
     """The run folder of that name; that of the recipe, if `path` lies in one; else the newest unfinished run of a recipe of this name.
 
     A folder of that name that is lost is made again from its copy. Raises UsageError if there is none.
@@ -31,7 +31,7 @@ def run_to_resume(recipe: Recipe, path: Path, name: str | None) -> RunFolder:
         if not (folder / "recipe.yaml").is_file() and (url is None or not make_again(url, folder)):
             raise UsageError(f"--resume: {folder} is no run folder. Leave --resume away to begin")
         return RunFolder(folder)
-    if path.name == "recipe.yaml" and (path.parent / "plan.json").is_file():
+    if path is not None and path.name == "recipe.yaml" and (path.parent / "plan.json").is_file():
         return RunFolder(path.parent.absolute())
     unfinished = [folder for folder in _runs(storage) if _is_unfinished(folder) and _recipe_name(folder) == recipe.name]
     if not unfinished:

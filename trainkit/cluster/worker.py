@@ -31,8 +31,9 @@ from trainkit.errors import OutOfMemory, TrainingError
 from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
 from trainkit.inference.export import export_model, link_model
 from trainkit.inference.predict import Rank, load_plain
+from trainkit.markup import plain
 from trainkit.planning.planner import Plan
-from trainkit.planning.show import as_lines, plan_text
+from trainkit.planning.show import plan_text
 from trainkit.recipe.reader import recipe_to_yaml
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import checkpoints
@@ -198,7 +199,7 @@ class Worker:
             done=self.step,
             hyperparameters=hyperparameters(recipe, plan),
             metrics=recipe.train.metrics,
-            texts={"plan": f"```text\n{as_lines(plan_text(plan))}\n```", "recipe": f"```yaml\n{recipe_to_yaml(recipe)}```"},
+            texts={"plan": f"```text\n{plain(plan_text(plan), width=110)}\n```", "recipe": f"```yaml\n{recipe_to_yaml(recipe)}```"},
             expected_peak_bytes=plan.expected_peak_bytes,
             kept_seconds=kept,
             worked_seconds=lambda: 0.0 if self.job.worked_seconds is None else self.job.worked_seconds + time.time() - self.job.began,

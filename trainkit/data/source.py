@@ -223,7 +223,8 @@ def _from_disk(folder: Path, split: str, key: str) -> Any:
             raise DataError(f"{key}: {folder} has no split {split!r}; it has {', '.join(saved)}")
         return saved[split]
     if split != "train":
-        raise DataError(f"{key}: {folder} holds one set, which is the split train; there is no {split!r}")
+        way_out = "; write a held-out fraction such as 0.1, or null" if key == "data.eval" else ""
+        raise DataError(f"{key}: {folder} holds one set, which is the split train; there is no {split!r}{way_out}")
     return saved
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.integrations import deepspeed as zero3_setting
+from transformers.utils import logging as transformers_logging
 
 from trainkit.data import templates
 from trainkit.data.encoding import DEFAULT_LENGTH
@@ -81,7 +82,8 @@ def exported_tokenizer(recipe: Recipe, folder: Path) -> Any:
 def load_run_model(recipe: Recipe, folder: Path) -> Any:
     """load_plain for what a user names; raises DataError where the folder, or the base model of an adapter, cannot be read."""
     try:
-        return load_plain(folder, recipe.model.task, recipe.model.precision)
+        with _no_bars():
+            return load_plain(folder, recipe.model.task, recipe.model.precision)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: the model, or the base of its adapter, cannot be loaded: {str(error).splitlines()[0]}") from None
 
@@ -97,6 +99,18 @@ def load_plain(folder: str | Path, task: str, precision: str) -> Any:
         return load_exported(folder, task, precision)
     finally:
         zero3_setting._hf_deepspeed_config_weak_ref = living
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws one for every model that it loads."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

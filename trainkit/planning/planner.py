@@ -6,14 +6,15 @@ unknown: 0 for numbers that training counts with, None for the rest; such a plan
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainkit.errors import DoesNotFit, Fault, RecipeError
 from trainkit.planning.deepspeed_config import resolve
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
-from trainkit.planning.flops import TrainingFlops, peak_flops, training_flops
+from trainkit.planning.flops import peak_flops, training_flops
 from trainkit.planning.memory import BIASED_ATTENTION, CATEGORIES, Memory, activation_bytes_per_token, model_state_bytes
+from trainkit.planning.plan import Fit, Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import SHIPPED, ZeroConfig, read_zero
 from trainkit.units import format_bytes
@@ -22,59 +23,6 @@ CPU_TOKENS = 4096
 LENGTH_STEP = 8  # padded lengths are multiples of it, as in data/batches.py, which stands above this room
 ACTIVATION_SHARE = 0.8  # of what the model states leave free: the rest is the allocator's, the kernels' and the communicator's
 DEFAULT_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a shipped ZeRO configuration takes per worker, and whether one micro-batch of one full row fits beside it."""
-
-    name: str
-    device: int
-    host: int
-    row: int  # activation bytes of one row of full length
-    fits: bool | None  # None: the device's memory is not known
-
-
-@dataclass(frozen=True)
-class Plan:
-    recipe_name: str
-    world_size: int
-    use_gpu: bool
-    zero_stage: int
-    offload_optimizer: bool
-    offload_param: bool
-    precision: str
-    samples_per_step: int
-    tokens_per_device: int | None  # budget of one micro-batch, padding included; None: samples_per_device rules, or unknown
-    samples_per_device: int | None
-    rows: int | None
-    eval_rows: int | None
-    steps_per_epoch: int | None
-    last_step_samples: int | None  # rows of an epoch's last step
-    total_steps: int  # 0: unknown
-    epochs: float | None
-    warmup_steps: int
-    eval_every: int  # optimizer steps; 0: never, or unknown
-    save_every: int
-    micro_batches_per_step: int  # over all workers, with every row at its full length; 0: unknown
-    accumulation: int  # micro-batches of one worker
-    ds_config: dict[str, Any]
-    memory: Memory | None  # None: the model is not known
-    evaluates: bool = True
-    notes: tuple[str, ...] = ()
-    zero_name: str = "zero0"
-    device_name: str = "CPU"
-    device_memory: int | None = None
-    fits: tuple[Fit, ...] = ()  # of the shipped configurations, where the device's memory is known
-    activation_bytes_per_token: int | None = None  # at most, per padded token of a micro-batch; None: the model is not known
-    expected_activation_bytes: int | None = None  # on the device, at most, in the first steps, once their micro-batches are known
-    expected_peak_bytes: int | None = None  # with the model states
-    flops: TrainingFlops | None = None  # None: a count would mislead
-    peak_flops: float | None = None  # of one device, per second; None: not known
-
-    def to_json(self) -> dict[str, Any]:
-        """For plan.json."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

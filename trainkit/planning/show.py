@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -26,14 +25,6 @@ def plan_text(plan: Plan) -> RenderableType:
         parts.append(_fits(plan.fits))
     parts += [Text(f"note: {note}", style="yellow") for note in plan.notes]
     return Group(*parts)
-
-
-def as_lines(shown: RenderableType, width: int = 110) -> str:
-    """Plain text, without what makes it bold or coloured."""
-    console = Console(file=io.StringIO(), width=width)
-    with console.capture() as captured:
-        console.print(shown)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 def fits_table(recipe: Recipe, model: ModelFacts | None, hardware: Hardware) -> RenderableType:

@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,11 @@ _TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+)')
 
 @dataclass(frozen=True)
 class Place:
-    """Where a key stands: a file (or `--set a.b=c`) and a line counted from 1."""
+    """Where a key stands: a file (or `--set a.b=c`, `with_`) and a line counted from 1. `override`: put there by one of those two."""
 
     file: str
     line: int | None = None
+    override: bool = False
 
 
 @dataclass
@@ -61,9 +62,33 @@ class Document:
                 return None
         return value
 
+    def put(self, path: KeyPath, value: Any, place: Place) -> None:
+        """Set a key. Absent and null sections on the way are made; anything else on the way is a fault."""
+        section = self.values
+        for length, part in enumerate(path[:-1], 1):
+            if section.get(part) is None:
+                section[part] = {}
+                self.places[path[:length]] = place
+            section = section[part]
+            if not isinstance(section, dict):
+                self.faults.append(Fault(place.file, None, ".".join(path), f"{'.'.join(path[:length])} is a value, not a section"))
+                return
+        for old in [known for known in self.places if known[: len(path)] == path]:
+            del self.places[old]
+        section[path[-1]] = value
+        self.places |= dict.fromkeys(_key_paths(value, path), place)
+
     def find(self, name: str) -> list[KeyPath]:
         """All key paths that end in this name."""
         return [path for path in self.places if path[-1] == name]
+
+
+def _key_paths(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """This key, and all keys and items in its value."""
+    yield path
+    inner = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+    for key, item in inner.items():
+        yield from _key_paths(item, (*path, str(key)))
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

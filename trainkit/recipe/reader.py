@@ -1,15 +1,16 @@
-"""From a recipe file to a Recipe: YAML with lines, `--set`, paths, and every fault in one error.
+"""From a recipe file, or from Python's values, to a Recipe: YAML with lines, overrides, and every fault in one error.
 
 YAML is composed, not loaded, so that each key keeps its line. Scalars are read as in YAML 1.2: 1e-4 is a number, and no, yes, on and
 off are text.
-The only module that knows the yaml library. What a recipe may say stands in schema.py, the checks in checks.py and habits.py.
+The only module that knows the yaml library. What a recipe may say stands in schema.py, the checks in checks.py and habits.py, paths
+in paths.py.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import yaml
 from trainkit.errors import Fault, RecipeError
 from trainkit.recipe.checks import check_recipe
 from trainkit.recipe.document import Document, Place, note_key
+from trainkit.recipe.paths import resolve_paths
+from trainkit.recipe.python import document_of, put_changes
 from trainkit.recipe.schema import Recipe
-from trainkit.recipe.zero import check_zero, contradictions_with, is_shipped
+from trainkit.recipe.zero import check_zero, contradictions_with
 
 _TAG = "tag:yaml.org,2002:"
 _SECTIONS = ("model", "data", "batch", "optimizer", "train", "scaling", "run")
@@ -48,20 +51,24 @@ for _name, _pattern, _first in _SCALARS:
         _owner.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), _first)
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply `a.b=c` overrides, fill in defaults and resolve paths.
+def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe file, apply `a.b=c` overrides, fill in defaults and resolve paths.
 
+    source: also a mapping of sections as in the file, whose name is "recipe" unless it says another, or a recipe that was read before.
+    overrides: also a mapping of dotted keys to values.
     Paths that exist become absolute: relative to the recipe's folder, then to the working directory (for overrides the other way round);
     others stay as written. Raises RecipeError with every fault of the recipe, of the overrides and of the ZeRO configuration.
     """
-    path = Path(path)
-    document = _read_yaml(_read_text(path), str(path))
+    document, path, folder = _document_of(source)
     if document.faults and not document.values:
         raise RecipeError(faults=tuple(document.faults))
-    for override in overrides:
-        _override(document, override)
-    _fill_in(document, path)
-    _resolve_paths(document, path.absolute().parent)
+    if isinstance(overrides, Mapping):
+        put_changes(document, overrides, "with_")
+    else:
+        for override in overrides:
+            _override(document, override)
+    _fill_in(document, "recipe" if path is None else path.stem)
+    resolve_paths(document, folder)
     recipe, view = check_recipe(document)
     zero, zero_faults = check_zero(document.get(("zero",)), path, document)
     unread = {(fault.file, fault.line, fault.key) for fault in document.faults if "cannot be read" in fault.message}
@@ -69,7 +76,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if zero is not None:
         faults += contradictions_with(zero, view.value)
     if faults or recipe is None:
-        raise RecipeError(faults=_in_order(faults, str(path)))
+        raise RecipeError(faults=_in_order(faults, document.file))
     return recipe
 
 
@@ -84,9 +91,20 @@ def read_values(path: Path) -> dict[str, Any]:
     return document.values
 
 
-def recipe_to_yaml(recipe: Recipe) -> str:
-    """The recipe with all defaults and resolved paths; read_recipe makes an equal recipe of it."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
+def recipe_to_yaml(recipe: Recipe, defaults: bool = True) -> str:
+    """The recipe with resolved paths; with all defaults, read_recipe makes an equal recipe of it."""
+    values = recipe.model_dump(mode="json", exclude_defaults=not defaults)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
+
+
+def _document_of(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[Document, Path | None, Path | None]:
+    """What the source says, its file if it has one, and the folder in which its relative paths start, unless they are resolved."""
+    if isinstance(source, Recipe):
+        return document_of(source.model_dump(exclude_unset=True), f"recipe {source.name}"), None, None
+    if isinstance(source, Mapping):
+        return document_of(source, "recipe"), None, Path.cwd()
+    path = Path(source)
+    return _read_yaml(_read_text(path), str(path)), path, path.absolute().parent
 
 
 def _in_order(faults: Sequence[Fault], recipe_file: str) -> tuple[Fault, ...]:
@@ -220,73 +238,14 @@ def _override(document: Document, override: str) -> None:
         )
         return
     document.faults += [Fault(file, None, ".".join(path), fault.message) for fault in written.faults]
-    section = document.values
-    for length, part in enumerate(path[:-1], 1):
-        if section.get(part) is None:
-            section[part] = {}
-            document.places[path[:length]] = Place(file)
-        section = section[part]
-        if not isinstance(section, dict):
-            document.faults.append(Fault(file, None, ".".join(path), f"{'.'.join(path[:length])} is a value, not a section"))
-            return
-    for old in [place for place in document.places if place[: len(path)] == path]:
-        del document.places[old]
-    section[path[-1]] = value
-    document.places[path] = Place(file)
-    document.places |= {(*path, *inner): Place(file) for inner in written.places}
+    document.put(path, value, Place(file, override=True))
 
 
-def _fill_in(document: Document, path: Path) -> None:
-    """Sections left empty are sections full of defaults; a recipe without a name has its file's."""
+def _fill_in(document: Document, name: str) -> None:
+    """Sections left empty are sections full of defaults; a recipe without a name gets this one."""
     for section in _SECTIONS:
         if document.values.get(section) is None:
             document.values[section] = {}
     if document.values.get("name") is None:
-        document.values["name"] = path.stem
+        document.values["name"] = name
         document.places.pop(("name",), None)
-
-
-def _resolve_paths(document: Document, folder: Path) -> None:
-    for path, files_only in (
-        (("model", "path"), False),
-        (("data", "path"), False),
-        (("data", "train"), True),
-        (("data", "eval"), True),
-        (("zero",), True),
-    ):
-        value = document.get(path)
-        bases = [folder, Path.cwd()]
-        if document.place(path).file.startswith("--set "):
-            bases.reverse()
-        section = document.values if len(path) == 1 else document.values[path[0]]
-        if isinstance(value, str) and not (path == ("zero",) and is_shipped(value)):
-            section[path[-1]] = _absolute(value, bases, files_only)
-        elif isinstance(value, list) and path == ("data", "path"):
-            section[path[-1]] = [_absolute(item, bases, files_only) if isinstance(item, str) else item for item in value]
-    storage = document.get(("run", "storage_path"))
-    if not isinstance(document.values["run"], dict) or not isinstance(storage, str | None):
-        return
-    document.values["run"]["storage_path"] = str((Path.cwd() / Path(storage or "runs").expanduser()).absolute())
-
-
-def _absolute(written: str, bases: Sequence[Path], files_only: bool) -> str:
-    """The path that exists, absolute; a name that exists nowhere as written (a hub id, a split). A glob exists when it finds something."""
-    if not written.strip():
-        return written
-    for base in bases:
-        try:
-            candidate = base / Path(written).expanduser()
-            if candidate.is_file() or (candidate.exists() and not files_only):
-                return str(candidate.resolve())
-            if not files_only and _finds_something(candidate):
-                return str(candidate.absolute())
-        except (OSError, ValueError, RuntimeError, NotImplementedError):
-            continue
-    return written
-
-
-def _finds_something(pattern: Path) -> bool:
-    if not any(mark in str(pattern) for mark in "*?["):
-        return False
-    anchor = Path(pattern.anchor)
-    return next(anchor.glob(str(pattern.relative_to(anchor))), None) is not None

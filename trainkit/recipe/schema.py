@@ -7,6 +7,8 @@ RunConfig carry that name. Checks of one value stand here; checks that need seve
 
 from __future__ import annotations
 
+import html
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -142,7 +144,10 @@ class Run(Section):
 
 
 class Recipe(Section):
-    """The whole recipe, defaults filled in. Paths are absolute or hub ids once the reader is through with it."""
+    """The whole recipe, defaults filled in. Paths are absolute or hub ids once the reader is through with it.
+
+    `read_recipe` (trainkit.load_recipe) makes one of a file or of a mapping, with every check; `with_` changes it.
+    """
 
     name: str = Field(description="Stem of the run folders; default: the recipe file's stem.")
     model: Model
@@ -153,3 +158,21 @@ class Recipe(Section):
     train: Train
     scaling: Scaling = Scaling()
     run: Run = Run()
+
+    def with_(self, changes: Mapping[str, Any]) -> Recipe:
+        """A new recipe: `recipe.with_({"batch.samples": 64})`. The same dotted keys and checks as `--set`.
+
+        Relative paths start at the working directory. Raises RecipeError with every fault.
+        """
+        from trainkit.recipe.reader import read_recipe
+
+        return read_recipe(self, changes)
+
+    def __str__(self) -> str:
+        """YAML of the keys that differ from their defaults."""
+        from trainkit.recipe.reader import recipe_to_yaml
+
+        return recipe_to_yaml(self, defaults=False)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"

@@ -1,6 +1,6 @@
 """Runs as a picture: their losses over the samples trained, and beside each other how fast they were and how much memory they took.
 
-matplotlib is loaded here alone, when a picture is asked for, and writes it without any window.
+matplotlib is loaded when a picture is asked for, and writes it without any window.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trainkit.runs.compare import Row
 from trainkit.runs.tables import OOM, ended, significant
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from trainkit.runs.picture import Picture
 
 SMOOTHED_PARTS = 50  # a curve of more steps is drawn as a running mean over one part, above the single steps
 _LABEL = 28  # characters of a run's name
@@ -33,12 +33,12 @@ def write_plot(rows: Sequence[Row], path: Path) -> None:
         raise UsageError(f"--plot {path}: cannot be written: {error.strerror or error}") from None
 
 
-def figure(rows: Sequence[Row]) -> Figure:
-    """A matplotlib Figure: a notebook shows it as it is."""
-    from matplotlib.figure import Figure
+def figure(rows: Sequence[Row]) -> Picture:
+    """A matplotlib figure: a notebook shows it as it is."""
+    from trainkit.runs.picture import Picture
 
     bars_height = 0.9 + 0.45 * len(rows)
-    drawn = Figure(figsize=(11, 4.2 + bars_height), layout="constrained")
+    drawn = Picture(figsize=(11, 4.2 + bars_height), layout="constrained")
     grid = drawn.add_gridspec(2, 2, height_ratios=(4.2, bars_height))
     _draw_losses(drawn.add_subplot(grid[0, :]), rows)
     speed = drawn.add_subplot(grid[1, 0])
