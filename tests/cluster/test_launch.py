@@ -5,6 +5,8 @@ Each test costs a start of Ray and its workers, so each looks at all that its ru
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import signal
 import subprocess
@@ -40,7 +42,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The quickstart's first steps, to their end."""
     runs = tmp_path_factory.mktemp("small")
     folder = RunFolder(runs / "it")
-    with started(runs, SMALL) as process:
+    with started(runs, [*SMALL, "--set", "train.profile={start: 2, steps: 1}"]) as process:
         wait_for_steps(folder, process, 1)
         workers = family(process)
         out, err = process.communicate(timeout=200)
@@ -56,8 +58,14 @@ def test_a_run_leaves_what_it_promises_and_shows_no_noise(small_run: Finished, t
     assert "\x1b" not in out and "tensorboard --logdir" in out
     for noise in ("raylet", "(pid=", "WARNING", "Warning", "INFO", "deepspeed"):
         assert noise not in out
+    for rank in (0, 1):
+        with gzip.open(folder.path / "profile" / f"rank-{rank}.json.gz") as trace:
+            pieces = {event["name"] for event in json.load(trace)["traceEvents"] if str(event.get("name")).startswith("step ")}
+        assert "step 2: the optimizer step" in pieces and all(piece.startswith("step 2: ") for piece in pieces)
     steps, found = folder.read_steps(), summary(folder)
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert [len(found["memory"]["measured"]), len(folder.read_ranks())] == [2, 2] and 0 < found["goodput"] < 1
+    assert found["memory"]["measured"][0]["optimizer"] == pytest.approx(found["memory"]["planned"]["optimizer"], rel=1e-3)
     assert {"loss", "grad_norm", "lr", "samples", "tokens", "seconds", "data_wait_seconds", "order"} <= set(steps[0])
     assert (found["status"], found["steps"], found["world_size"], found["zero_stage"]) == ("completed", 4, 2, 2)
     assert found["samples"] == sum(step["samples"] for step in steps) and found["order"] == steps[-1]["order"]

@@ -80,12 +80,19 @@ def run(
     )  # fmt: skip
     kept: list[int] = []
     values = iter(evaluations or [])
+    ended: list[int] = []
+
+    def evaluated(step: int) -> dict[str, float]:
+        assert ended[-1:] == [step] or (begin is not None and step == begin.steps), "a step has ended before its evaluation begins"
+        return next(values)
+
     around = Surroundings(
         report=records.append,
-        evaluate=lambda step: next(values),
+        evaluate=evaluated,
         keep_best=kept.append,
         save=lambda outcome: engine.saved.append(outcome.steps),
         stop_requested=lambda: len(records) >= keys.get("stop_after", 99),
+        ends=ended.append,
     )
     return train(engine, Feed(), plan, recipe, around, begin), kept  # type: ignore[arg-type]
 

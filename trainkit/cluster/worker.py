@@ -350,7 +350,6 @@ class Worker:
         return out_of_memory(error, self.plan, self.device, self.rank, step, piece, in_micro_batches=in_step or piece == _EVALUATING)
 
     def close(self) -> None:
-        self.profiler.close()
         self.saver.close()
         self.copier.close()
         for feed in self.feeds.values():
@@ -360,6 +359,7 @@ class Worker:
         if self.lock is not None:
             self.lock.release()
         self.board.close()
+        self.profiler.close()  # a trace that cannot be written holds nothing else up
         self.heart.stop()  # last: what is still being written is no hang
 
     def _feed(self, split: str, last_step: int) -> Feed:
