@@ -11,47 +11,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from in_process import Rank
 
-from trainkit.cluster.hardware import worker_device
-from trainkit.data.batches import Budget
-from trainkit.data.distributor import DataDistributor, Feeding
-from trainkit.data.feed import Feed, Padding, Source
-from trainkit.data.tokens import TokenArrays, load_tokenizer, prepare
-from trainkit.planning.facts import DataFacts
-from trainkit.planning.planner import Plan, make_plan
-from trainkit.recipe.reader import read_recipe
+from trainkit.data.feed import Feed
+from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
-from trainkit.recipe.zero import read_zero
 from trainkit.runs.folder import RunFolder, StepLog
 from trainkit.training import loop
 from trainkit.training.board import Story, TensorBoard
-from trainkit.training.engine import Engine, Partitioning
+from trainkit.training.engine import Engine
 from trainkit.training.meters import StepRecord, as_json
-from trainkit.training.model import build_model, model_facts
 
 BLOCKS = 5  # of each kind
 WARM_UP = 10
-
-
-def feed_of(recipe: Recipe, plan: Plan, arrays: Path, rank: int, device: torch.device) -> Feed:
-    budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
-    feeding = Feeding(str(arrays), recipe.model.task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle=True)
-    distributor, tokenizer = DataDistributor({"train": feeding}), load_tokenizer(recipe).tokenizer
-    padding = Padding(recipe.model.task, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    source = Source(lambda first, count: partial(distributor.steps, "train", first, count, rank))
-    return Feed(source, padding, rank=rank, last_step=10**9, device=device)
 
 
 def metered(engine: Engine, feed: Feed, plan: Plan, recipe: Recipe, folder: RunFolder | None) -> Callable[[int, int], None]:
@@ -90,62 +72,30 @@ def bare(engine: Engine, feed: Feed, plan: Plan, recipe: Recipe) -> Callable[[in
     return train
 
 
-def timed(train: Callable[[int, int], None], first: int, count: int, device: torch.device) -> float:
-    """Seconds a step."""
-
-    def wait() -> None:
-        dist.barrier()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    wait()
-    began = time.perf_counter()
-    train(first, count)
-    wait()
-    return (time.perf_counter() - began) / count
-
-
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("recipe", type=Path)
     asked.add_argument("--set", action="append", default=[], dest="overrides")
     asked.add_argument("--steps", type=int, default=100, help="of each kind")
     options = asked.parse_args()
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29544"}.items():
-        os.environ.setdefault(name, value)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with tempfile.TemporaryDirectory() as runs:
-        storage = f"run.storage_path={runs}"
-        own = [f"scaling.num_workers={world_size}", "data.eval=null", "train.metrics=[]", storage]
-        recipe = read_recipe(options.recipe, [*options.overrides, *own])
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if recipe.scaling.use_gpu else torch.device("cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        folder = RunFolder.create(runs, "meters") if rank == 0 else None
-        prepared = prepare(recipe)
-        facts = model_facts(recipe, prepared.label_names)
-        rows = DataFacts(TokenArrays.open(prepared.train).rows, None)
-        plan = make_plan(recipe, read_zero(recipe.zero, options.recipe), facts, rows, worker_device(recipe.scaling.use_gpu))
-        partitioning = Partitioning(plan)
-        model = build_model(recipe, None, partitioning.gathered, prepared.label_names).to(device)
-        torch.manual_seed(0)
-        for parameter in model.parameters():  # zeros would keep a GPU cooler and quicker than weights do
-            torch.nn.init.normal_(parameter, std=0.02)
-        engine = Engine(model, plan, recipe.model.task, device)
-        feed = feed_of(recipe, plan, prepared.train, rank, device)
+        rank = Rank.join(options.recipe, options.overrides, runs)
+        recipe, plan = rank.recipe, rank.plan
+        folder = RunFolder.create(runs, "meters") if rank.number == 0 else None
+        engine, feed = rank.engine(), rank.feed()
         ways = {"without": bare(engine, feed, plan, recipe), "with": metered(engine, feed, plan, recipe, folder)}
         count, seconds = options.steps // BLOCKS, {name: list[float]() for name in ways}
         ways["without"](1, WARM_UP)
         step = WARM_UP + 1
         for block in range(BLOCKS):
             for name in list(ways) if block % 2 == 0 else list(ways)[::-1]:
-                seconds[name].append(timed(ways[name], step, count, device))
+                seconds[name].append(rank.timed(ways[name], step, count))
                 step += count
         feed.close()
-        if rank == 0:
+        if rank.number == 0:
             print(json.dumps(result(seconds, count, plan)), flush=True)
         engine.close()
+        dist.destroy_process_group()
 
 
 def result(seconds: dict[str, list[float]], count: int, plan: Plan) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import read_zero
 from trainkit.runs.checkpoints import Checkpoint
-from trainkit.training import loop
+from trainkit.training import blocks, loop
 from trainkit.training.checkpoint import Saver, restore
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.meters import StepRecord
 from trainkit.training.model import TASKS, build_model, model_facts
 
 CPU = torch.device("cpu")
+blocks.BACKEND = "aot_eager"  # all of torch.compile but the making of kernels, which takes minutes on two cores
 
 
 def feed_of(recipe: Recipe, plan: Plan, prepared: Prepared, rank: int, shuffle: bool = True) -> Feed:
@@ -63,7 +65,7 @@ def planned(recipe: Recipe, prepared: Prepared) -> Plan:
 
 
 def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any], rank: int) -> list[list[float]]:
-    plan = planned(recipe, prepared)
+    plan = replace(planned(recipe, prepared), cuda_graphs=case.get("apart", False))  # without graphs on a CPU, but with their gradients
     partitioning = Partitioning(plan)
     model = build_model(recipe, case["first_weights"], partitioning.gathered, prepared.label_names)
     engine = Engine(model, plan, recipe.model.task, CPU)

@@ -143,6 +143,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     two += [case(f"{stage} bf16", f"zero={stage}", rows(6), "model.precision=bf16", export=True) for stage in STAGES]
     two += [case(f"{stage} causal", f"zero={stage}", rows(6), task="causal") for stage in ("zero2", "zero3")]
     two += [case(f"{stage} packed", f"zero={stage}", rows(6), "data.packing=true", task="causal") for stage in ("zero2", "zero3")]
+    two += [case(f"{stage} apart", f"zero={stage}", rows(number), apart=True) for stage, number in (("zero0", 6), ("zero1", 2))]
+    two += [case("lora apart", "zero=zero1", rows(6), lora, task="causal", first_weights=str(lora_weights), apart=True)]
+    two += [case(f"{stage} compiled", f"zero={stage}", rows(6), "model.compile=blocks") for stage in ("zero1", "zero3")]
     two += [case("recomputed", "zero=zero3", rows(6), "model.gradient_checkpointing=true", task="causal")]
     two += [
         case(f"{stage} lora", f"zero={stage}", rows(6), lora, task="causal", export=True, first_weights=str(lora_weights))
@@ -198,7 +201,8 @@ def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
     [("zero2 causal", "plain causal"), ("zero3 causal", "plain causal"), ("zero2 packed", "plain causal"),
      ("zero3 packed", "plain causal"), ("recomputed", "plain causal"), ("zero2 lora", "plain lora"), ("zero3 lora", "plain lora"),
      ("zero2 label", "plain label"), ("zero3 label", "plain label"), ("zero2 stored", "plain"), ("zero3 stored", "plain"),
-     ("zero3_offload stored", "plain")],
+     ("zero3_offload stored", "plain"), ("zero0 apart", "plain"), ("zero1 apart", "plain"), ("lora apart", "plain lora"),
+     ("zero1 compiled", "plain"), ("zero3 compiled", "plain")],
 )  # fmt: skip
 def test_every_kind_of_model_trains_as_torch_alone(results: Table, name: str, plain: str) -> None:
     loss, norm = difference(results[name], results[plain])

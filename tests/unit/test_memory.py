@@ -62,7 +62,7 @@ def test_stage_0_is_plain_training() -> None:
 def test_stage_1_cuts_the_optimizer(world_size: int) -> None:
     part, bucket = -(-T // world_size), 50_000_896
     memory = states("zero1", world_size)
-    assert memory.device == {"parameters": 2 * T, "gradients": 2 * T, "optimizer": 12 * part, "buckets": 2 * 2 * bucket}
+    assert memory.device == {"parameters": 2 * T, "gradients": 2 * T, "optimizer": 12 * part, "buckets": 2 * bucket}
     assert memory.device_at_step == 2 * T + 12 * part + 8 * part
 
 

@@ -134,6 +134,51 @@ def test_the_sum_over_its_labels_is_the_loss_that_transformers_computes(
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
+ENCODERS = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["t5", "umt5", "bart", "marian", "mbart", "pegasus", "plbart"])
+def test_seq2seq_logits_are_those_of_transformers_own_mask(kind: str, attention: str) -> None:
+    shape = {"d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2} if "t5" in kind else ENCODERS
+    ids = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 0}
+    config = transformers.AutoConfig.for_model(kind, **ids, **shape)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attention).eval()
+    source, labels, mask = torch.randint(3, 64, (3, 16)), torch.randint(3, 64, (3, 8)), torch.ones(3, 16, dtype=torch.long)
+    mask[1, 9:], mask[2, 1:] = 0, 0
+    batch = MicroBatch(0, np.arange(3), source, mask, labels, None, Work(), 0)
+    shifted = model.prepare_decoder_input_ids_from_labels(labels)
+    with torch.no_grad():
+        theirs = model(input_ids=source, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
+        ours = TASKS["seq2seq"].logits(model, batch)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "qwen2", "gemma2", "mistral"])
+def test_padding_at_the_right_needs_no_mask(kind: str) -> None:
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+    }
+    names = {"gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2}, "opt": {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32,
+             "num_hidden_layers": 2, "num_attention_heads": 2}}  # fmt: skip
+    config = transformers.AutoConfig.for_model(kind, vocab_size=64, pad_token_id=0, **names.get(kind, shape))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids, mask = torch.randint(3, 64, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[1, 7:], mask[2, 1:] = 0, 0
+    batch = MicroBatch(0, np.arange(3), ids.masked_fill(mask == 0, 0), mask, ids, None, Work(), 0)
+    with torch.no_grad():
+        theirs = model(input_ids=batch.input_ids, attention_mask=mask).logits
+        ours = TASKS["causal"].logits(model, batch)
+    assert torch.allclose(ours[mask == 1], theirs[mask == 1], atol=1e-5)
+
+
 def packed(first: list[int], second: list[int]) -> MicroBatch:
     row = np.array([*first, *second])
     lengths = np.array([len(first), len(second)])

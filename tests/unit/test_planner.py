@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -278,3 +279,51 @@ def test_a_trace_after_the_end_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"train\.profile\.start.*step 9 is traced first, and the run has 8 steps"):
         plan_of(train={"max_steps": 8, "profile": {"start": 9, "steps": 1}})
     assert plan_of(train={"max_steps": 9, "profile": {"start": 9, "steps": 5}}).total_steps == 9
+
+
+def test_blocks_are_compiled_on_a_gpu_where_that_was_tried() -> None:
+    gpus = {"num_workers": 2, "use_gpu": True}
+    assert [plan_of(zero, gpu(139), scaling=gpus).compile_blocks for zero in ("zero0", "zero1", "zero2", "zero3")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert not plan_of("zero1", CPU, scaling={"num_workers": 2, "use_gpu": False}).compile_blocks
+    steady = {"epochs": 1, "deterministic": True}
+    assert not plan_of("zero1", gpu(139), scaling=gpus, train=steady).compile_blocks
+    model = {"path": "t5", "task": "seq2seq"}
+    assert plan_of("zero3", gpu(139), scaling=gpus, model=model | {"compile": "blocks"}).compile_blocks
+    assert not plan_of("zero1", gpu(139), scaling=gpus, model=model | {"compile": False}).compile_blocks
+
+
+def test_cuda_graphs_keep_the_gradients_where_they_are() -> None:
+    model = {"path": "t5", "task": "seq2seq", "cuda_graphs": True}
+    plan, without = (plan_of("zero1", gpu(139), scaling={"num_workers": 2}, model=m) for m in (model, model | {"cuda_graphs": False}))
+    assert plan.cuda_graphs and not without.cuda_graphs
+    assert plan.memory is not None and without.memory is not None
+    kept = sum(without.memory.device[name] for name in ("parameters", "gradients", "optimizer"))
+    assert plan.memory.device_at_step == max(kept, without.memory.device_at_step) and plan.memory.device == without.memory.device
+
+
+@pytest.mark.parametrize(
+    ("zero", "gib", "model", "reason"),
+    [
+        ("zero2", 139, {}, "ZeRO-2 works on"),
+        ("zero3", 139, {}, "ZeRO-3 works on"),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, 139, {}, "overlap_comm"),
+        ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, 139, {}, "grad_accum_dtype"),
+        ("zero1", 139, {"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ("zero1", 139, {"precision": "fp16", "path": "llama"}, "fp16"),
+        ("zero1", 48, {}, "may not fit"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused_with_its_reason(zero: Any, gib: float, model: dict[str, Any], reason: str) -> None:
+    facts = t5_large() if model.get("path") != "llama" else replace(t5_large(), model_type="llama")
+    with pytest.raises(RecipeError, match=reason):
+        plan_of(zero, gpu(gib), facts, scaling={"num_workers": 2}, model={"path": "t5", "task": "seq2seq", "cuda_graphs": True} | model)
+
+
+def test_a_cpu_has_no_graphs() -> None:
+    with pytest.raises(RecipeError, match="a CPU has none"):
+        plan_of("zero1", CPU, scaling={"num_workers": 2, "use_gpu": False}, model={"path": "t5", "task": "seq2seq", "cuda_graphs": True})

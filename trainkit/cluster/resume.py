@@ -13,7 +13,8 @@ from trainkit.runs.copying import make_again
 from trainkit.runs.folder import RunFolder, check_name
 
 LAYOUT = (  # may differ from what the run began with: where and how often, not what is trained
-    "name", "scaling", "zero", "run", "batch.tokens_per_device", "batch.samples_per_device", "model.gradient_checkpointing",
+    "name", "scaling", "zero", "run", "batch.tokens_per_device", "batch.samples_per_device",
+    "model.gradient_checkpointing", "model.compile", "model.cuda_graphs",
     "train.max_steps", "train.epochs", "train.eval_steps", "train.save_steps", "train.save_total_limit", "train.early_stopping_patience",
     "train.halve_on_oom", "train.deterministic", "train.profile",
 )  # fmt: skip

@@ -59,6 +59,10 @@ def environment_settings(recipe: Recipe, local: bool) -> dict[str, str]:
         "RAY_TRAIN_METRICS_ENABLED": "0",  # Ray's own dashboards are not started
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # no warning about GPUs that an actor without GPUs could see
     }
+    if recipe.model.compile is not False:
+        settings["TORCHINDUCTOR_CACHE_DIR"] = str(
+            Path(recipe.run.storage_path).absolute() / ".cache" / "compiled"
+        )  # the next run compiles nothing anew
     if recipe.train.deterministic:
         settings["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may add in another order each time
     if not recipe.scaling.use_gpu:

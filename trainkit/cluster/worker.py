@@ -135,7 +135,7 @@ class Worker:
             torch.use_deterministic_algorithms(True)
         partitioning = Partitioning(self.plan)
         model = build_model(self.recipe, self.job.first_weights, partitioning.gathered, self.job.prepared.label_names)
-        engine = Engine(model, self.plan, self.recipe.model.task, self.device)
+        engine = Engine(model, self.plan, self.recipe.model.task, self.device, self.folder.write_note)
         if self.recipe.data.packing:
             with engine.evaluating():
                 check_packing(engine.logits, self.feeds["train"].micro_batches(1).micro_batches[0])

@@ -202,7 +202,7 @@ class _Copier:
 
     def copied(self, batch: StepBatch) -> tuple[_Item, int]:
         """(the batch on the device with what tells that it has arrived, its bytes)."""
-        num_bytes = sum(tensor.nbytes for micro in batch.micro_batches for tensor in _tensors(micro).values())
+        num_bytes = sum(tensor.nbytes for micro in batch.micro_batches for tensor in tensors(micro).values())
         if not self.pin:
             return (batch, None), num_bytes
         with torch.cuda.stream(self.stream):
@@ -217,17 +217,17 @@ def _hand_over(batch: StepBatch, arrived: torch.cuda.Event) -> None:
     current = torch.cuda.current_stream()
     current.wait_event(arrived)
     for micro in batch.micro_batches:
-        for tensor in _tensors(micro).values():
+        for tensor in tensors(micro).values():
             tensor.record_stream(current)
 
 
-def _tensors(micro: MicroBatch) -> dict[str, torch.Tensor]:
+def tensors(micro: MicroBatch) -> dict[str, torch.Tensor]:
     return {name: value for name, value in vars(micro).items() if isinstance(value, torch.Tensor)}
 
 
 def moved(micro: MicroBatch, device: torch.device) -> MicroBatch:
     """The same micro-batch on a device."""
-    return replace(micro, **{name: value.to(device, non_blocking=True) for name, value in _tensors(micro).items()})  # type: ignore[arg-type]
+    return replace(micro, **{name: value.to(device, non_blocking=True) for name, value in tensors(micro).items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def resolve(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, world_si
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optimizer.max_grad_norm,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a step
         **_precision(recipe, zero),
         "optimizer": OPTIMIZERS["adamw"](recipe, zero, hardware),
         "zero_optimization": _zero(zero, model, hardware),

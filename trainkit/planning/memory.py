@@ -20,7 +20,7 @@ Activations are not model states: `activation_bytes_per_token` bounds them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainkit.planning.facts import ModelFacts
@@ -99,6 +99,11 @@ def model_state_bytes(facts: ModelFacts, zero: ZeroConfig, world_size: int, prec
     case = _Case(facts, zero.offload_optimizer, zero.offload_param, world_size, width, ds_config["zero_optimization"], accumulated)
     stages: dict[int, Callable[[_Case], Memory]] = {0: _stage_0, 1: _stage_1, 2: _stage_2, 3: _stage_3}
     return stages[zero.stage](case)
+
+
+def with_fixed_gradients(memory: Memory) -> Memory:
+    """With CUDA graphs the whole gradients lie where they are from step to step, inside the optimizer step too; stage 0 or 1."""
+    return replace(memory, device_at_step=max(memory.device_at_step, sum(memory.device.values()) - memory.device["buckets"]))
 
 
 def _stage_0(case: _Case) -> Memory:

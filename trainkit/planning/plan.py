@@ -48,6 +48,8 @@ class Plan:
     ds_config: dict[str, Any]
     memory: Memory | None  # None: the model is not known
     evaluates: bool = True
+    compile_blocks: bool = False
+    cuda_graphs: bool = False
     notes: tuple[str, ...] = ()
     zero_name: str = "zero0"
     device_name: str = "CPU"

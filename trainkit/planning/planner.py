@@ -13,7 +13,14 @@ from trainkit.errors import DoesNotFit, Fault, RecipeError
 from trainkit.planning.deepspeed_config import resolve
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
 from trainkit.planning.flops import peak_flops, training_flops
-from trainkit.planning.memory import BIASED_ATTENTION, CATEGORIES, Memory, activation_bytes_per_token, model_state_bytes
+from trainkit.planning.memory import (
+    BIASED_ATTENTION,
+    CATEGORIES,
+    Memory,
+    activation_bytes_per_token,
+    model_state_bytes,
+    with_fixed_gradients,
+)
 from trainkit.planning.plan import Fit, Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import SHIPPED, ZeroConfig, read_zero
@@ -23,6 +30,7 @@ CPU_TOKENS = 4096
 LENGTH_STEP = 8  # padded lengths are multiples of it, as in data/batches.py, which stands above this room
 ACTIVATION_SHARE = 0.8  # of what the model states leave free: the rest is the allocator's, the kernels' and the communicator's
 DEFAULT_LENGTH = 512
+GRAPHS_MEMORY = 2  # times the activations: a shape's first micro-batches run before it is captured
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,8 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
     steps = _steps(recipe, data)
     _check_profile(recipe, steps)
     batch = _batch(recipe, model, memory, world_size, hardware)
+    if recipe.model.cuda_graphs:
+        _check_graphs(recipe, zero, ds_config, memory, _activations(recipe, model, batch), hardware)
     return Plan(
         recipe_name=recipe.name,
         world_size=world_size,
@@ -70,7 +80,9 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         micro_batches_per_step=batch.micro_batches,
         accumulation=batch.micro_batches // world_size,
         ds_config=ds_config,
-        memory=memory,
+        memory=with_fixed_gradients(memory) if memory is not None and recipe.model.cuda_graphs else memory,
+        compile_blocks=_compiles(recipe, zero),
+        cuda_graphs=recipe.model.cuda_graphs,
         notes=_notes(recipe, zero, ds_config, batch, hardware),
         zero_name=zero.name,
         device_name=hardware.name,
@@ -141,6 +153,36 @@ def _check_precision(recipe: Recipe, model: ModelFacts | None) -> None:
             "then NaN. Write model.precision: bf16 (or fp32)"
         )
         raise RecipeError(faults=(Fault(recipe.name, None, "model.precision", message),))
+
+
+def _compiles(recipe: Recipe, zero: ZeroConfig) -> bool:
+    """The compiler times kernels and takes the fastest, which may be another one the next time: not with train.deterministic."""
+    if recipe.model.compile is None:
+        return recipe.scaling.use_gpu and zero.stage < 3 and not recipe.train.deterministic
+    return recipe.model.compile == "blocks"
+
+
+def _check_graphs(
+    recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], memory: Memory | None, activations: int | None, hardware: Hardware
+) -> None:
+    """Raises RecipeError with what keeps forward and backward from being captured."""
+    accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", recipe.model.precision)
+    reasons = {
+        "a CPU has none": hardware.device == "cpu",
+        f"ZeRO-{zero.stage} works on parameters or gradients in the middle of them": zero.stage > 1,
+        "the optimizer's offload works on gradients in the middle of them": zero.offload_optimizer,
+        "overlap_comm works on gradients in the middle of them": bool(ds_config["zero_optimization"].get("overlap_comm")),
+        "grad_accum_dtype sums gradients in another type": accumulated != recipe.model.precision,
+        "fp16 searches its loss scale on the host": recipe.model.precision == "fp16",
+        "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing,
+        "data.packing reads the rows' borders on the host": recipe.data.packing,
+    }
+    if memory is not None and activations is not None and hardware.memory_bytes is not None:
+        fits = GRAPHS_MEMORY * activations + sum(memory.device.values()) <= hardware.memory_bytes
+        reasons["micro-batches that are not captured need memory of their own beside them, and both may not fit"] = not fits
+    for reason, holds in reasons.items():
+        if holds:
+            raise RecipeError(faults=(Fault(recipe.name, None, "model.cuda_graphs", f"cannot be true here: {reason}. Write false"),))
 
 
 def _check_profile(recipe: Recipe, steps: _Steps) -> None:
@@ -227,6 +269,12 @@ def _auto(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world
     if tokens * per_token > room:
         note += ": one row alone may not fit; shorten max lengths or write model.gradient_checkpointing: true"
     return _Batch(tokens, k, (note,))
+
+
+def _activations(recipe: Recipe, model: ModelFacts | None, batch: _Batch) -> int | None:
+    """Bytes of the largest micro-batch's, at most."""
+    tokens = batch.tokens if recipe.batch.samples_per_device is None else recipe.batch.samples_per_device * row_tokens(recipe)
+    return None if model is None or tokens is None else tokens * _bytes_per_token(recipe, model)
 
 
 def _bytes_per_token(recipe: Recipe, model: ModelFacts) -> int:

@@ -64,6 +64,7 @@ def _facts(plan: Plan) -> Table:
         "data": f"{_number(plan.rows)} rows to train on" + (f", {plan.eval_rows:,} to evaluate" if plan.eval_rows else ""),
         "device": _device(plan),
         "ZeRO": _zero(plan),
+        "speed": _speed(plan),
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
@@ -86,6 +87,10 @@ def _schedule(plan: Plan) -> str:
 def _device(plan: Plan) -> str:
     memory = "" if plan.device_memory is None else f" of {format_bytes(plan.device_memory)}"
     return f"{plan.world_size} × {plan.device_name}{memory}, {plan.precision}"
+
+
+def _speed(plan: Plan) -> str:
+    return f"blocks {'compiled' if plan.compile_blocks else 'as they are'}, {'CUDA graphs' if plan.cuda_graphs else 'no CUDA graphs'}"
 
 
 def _zero(plan: Plan) -> str:

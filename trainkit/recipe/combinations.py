@@ -33,6 +33,7 @@ def combination_faults(view: View) -> None:
         _templates,
         _turns,
         _packing,
+        _compiled,
         _resources,
         _fp16,
         _elastic,
@@ -189,6 +190,11 @@ def _packing(view: View) -> None:
         view.fault("data.packing", f"only for causal; model.task is {task}: write false")
     if isinstance(attention, str) and attention not in ("sdpa", "eager"):
         view.fault("model.attn_implementation", f"{attention} does not keep packed rows apart in every batch: write sdpa or eager")
+
+
+def _compiled(view: View) -> None:
+    if view.value("model.compile") == "blocks" and view.value("train.deterministic") is True:
+        view.fault("model.compile", "blocks beside train.deterministic: the compiler may take another kernel each time. Write false")
 
 
 def _resources(view: View) -> None:

@@ -39,6 +39,7 @@ _SAME_VALUE = {
     "model_revision": "model.revision",
     "flash_attention": "model.attn_implementation",
     "flash_attn": "model.attn_implementation",
+    "torch_compile": "model.compile",
     "dataset": "data.path",
     "datasets": "data.path",
     "dataset_name": "data.path",
@@ -125,6 +126,8 @@ def answered_keys(document: Document) -> set[str]:
 def _translated(target: str, value: Any) -> Any:
     if target in ("train.eval_steps", "train.save_steps"):
         return "epoch" if value in ("epoch", "no", False) else 500
+    if target == "model.compile":
+        return "blocks" if value is True else value
     if target == "model.attn_implementation":
         return "flash_attention_2" if value in (True, "fa2", "auto") else value
     if target == "optimizer.lr_scheduler_type" and value == "constant_with_warmup":

@@ -45,6 +45,13 @@ class Model(Section):
     )
     attn_implementation: str | None = Field(None, description="As in from_pretrained; null takes the best the model supports.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, about a third more work.")
+    compile: Literal["blocks", False] | None = Field(
+        None,
+        description="blocks: torch.compile of the repeated blocks; null: on a GPU under ZeRO stages 0 to 2, unless train.deterministic.",
+    )
+    cuda_graphs: bool = Field(
+        False, description="ZeRO stages 0 and 1: launch forward and backward as two CUDA graphs for each shape of micro-batches."
+    )
     lora: Lora | None = Field(None, description="Train low-rank matrices only; null trains all parameters.")
 
 

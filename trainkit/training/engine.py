@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.errors import PlanMismatch
 from trainkit.planning.planner import Plan
+from trainkit.training.blocks import compile_blocks, repeated_blocks
+from trainkit.training.cuda_graphs import FixedGradients, Graphs
 from trainkit.training.model import DTYPES, TASKS, persistent_buffers
 from trainkit.training.states import STATES, WEIGHT, Held, Piece, storage_bytes
 
@@ -52,12 +55,22 @@ class Partitioning:
 class Engine:
     """One rank's model, gradients and optimizer."""
 
-    def __init__(self, model: Any, plan: Plan, task: str, device: torch.device):
+    def __init__(self, model: Any, plan: Plan, task: str, device: torch.device, say: Callable[[str], None] = warnings.warn):
+        """say: told of what was planned for speed and does not work with this model."""
         self.plan, self.task, self.device = plan, TASKS[task], device
         self.world_size = plan.world_size
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if (
+            plan.zero_stage == 3 and plan.compile_blocks
+        ):  # one hook and one collective for a block's parameters, instead of one for each layer in it
+            for block in repeated_blocks(model):
+                deepspeed.utils.set_z3_leaf_module(block, True)
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=plan.ds_config, dist_init_required=False)
         self.trainable = trainable
+        if plan.compile_blocks:
+            compile_blocks(self.ds.module, say)
+        self.gradients = FixedGradients(self.ds.module) if plan.cuda_graphs else None
+        self.graphs = Graphs(self._sum_loss_apart, device)
         self._own_norm: torch.Tensor | None = None
         if self._optimizer_state:  # stages 0 and 3 make the states by a step on zeros, which must not count in the bias correction
             self._count_from(0)
@@ -73,6 +86,9 @@ class Engine:
 
     def sum_loss(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of the cross-entropies over the labels that count, a scalar in fp32."""
+        if self.gradients is not None and torch.is_grad_enabled():
+            self.gradients.begin()
+            return self.graphs(batch)
         return self.task.sum_loss(self.logits(batch), batch.labels)
 
     def backward(self, sum_loss: torch.Tensor, label_tokens: int, last: bool) -> None:
@@ -81,7 +97,13 @@ class Engine:
         label_tokens: N of the whole optimizer step over all ranks. last: this micro-batch ends the step on this rank.
         """
         self.ds.set_gradient_accumulation_boundary(last)
-        self.ds.backward(sum_loss * (self.world_size / max(1, label_tokens)), scale_wrt_gas=False)
+        weighted = sum_loss * (self.world_size / max(1, label_tokens))
+        if self.gradients is None:
+            self.ds.backward(weighted, scale_wrt_gas=False)
+        else:
+            weighted.backward()
+            if last:
+                self._reduce(self.gradients)
         if last and self.plan.zero_stage == 0 and self.plan.precision == "fp32":  # DeepSpeed knows no norm here
             gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
             self._own_norm = torch.nn.utils.get_total_norm(gradients)
@@ -177,13 +199,30 @@ class Engine:
         groups = (p for group in self.ds.basic_optimizer.param_groups for p in group["params"])
         states = (value for state in self._optimizer_state.values() for value in state.values() if torch.is_tensor(value))
         seen: set[int] = set()
-        gradients = [] if self.plan.zero_stage < 3 else [self.ds.optimizer.grad_partitions_flat_buffer]
+        gradients = [] if self.gradients is None else [self.gradients.flat]
+        if self.plan.zero_stage == 3:
+            gradients.append(self.ds.optimizer.grad_partitions_flat_buffer)
         held = (storage_bytes(tensors, seen) for tensors in (parameters, [*groups, *states, *self._fp32_partitions], gradients))
         return Held(*(sizes[self.device.type] for sizes in held))
 
     def close(self) -> None:
         """Free what DeepSpeed holds."""
         self.ds.destroy()
+
+    def _sum_loss_apart(self, batch: MicroBatch) -> torch.Tensor:
+        """Out of DeepSpeed's sight: the gradients are summed in fixed tensors."""
+        assert self.gradients is not None
+        return self.task.sum_loss(self.task.logits(self.gradients.of(self.ds.module), batch), batch.labels)  # type: ignore[arg-type]
+
+    def _reduce(self, gradients: FixedGradients) -> None:
+        """DeepSpeed's reduction over ranks of gradients that came about outside of its hooks."""
+        gradients.check_in_place()
+        if self.plan.zero_stage == 0:
+            gradients.hand_over()
+            self.ds.allreduce_gradients()
+        else:
+            with self.ds.coalesce_grad_reduction():
+                gradients.hand_over()
 
     def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.ds.module.named_parameters() if parameter.requires_grad)

@@ -25,6 +25,7 @@ from trainkit.data.feed import IGNORED_LABEL, MicroBatch
 from trainkit.errors import DataError
 from trainkit.planning.facts import Matrices, ModelFacts, Parameter
 from trainkit.recipe.schema import Lora, Recipe
+from trainkit.training.loss import cross_entropy_sum
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 Gathered = Callable[[torch.nn.Parameter], AbstractContextManager[Any]]
@@ -43,26 +44,31 @@ class Task:
     sum_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _token_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies, in fp32, of logits [..., classes] at labels [...]; labels of -100 do not count."""
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-
-
 def _seq2seq_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     decoder: Any = base_model(model)
     shifted = decoder.prepare_decoder_input_ids_from_labels(batch.labels)
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=shifted, use_cache=False).logits
+    return model(input_ids=batch.input_ids, attention_mask=_mask(decoder, batch), decoder_input_ids=shifted, use_cache=False).logits
+
+
+def _mask(model: Any, batch: MicroBatch) -> torch.Tensor | None:
+    """In the shape in which SDPA takes it, [rows, 1, 1, source]: into one of [rows, source] transformers looks itself, whether it can do
+    without, and waits for the GPU to tell."""
+    mask = batch.attention_mask
+    return mask if mask is None or model.config._attn_implementation != "sdpa" else mask.bool()[:, None, None, :]
 
 
 def _causal_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Packed rows keep to themselves: without a mask, transformers reads the borders from positions that start anew."""
-    if batch.position_ids is not None:
-        return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    """Without a mask: padding stands at the right, where no real token looks, and masks keep the fastest attention kernels away.
+
+    Packed rows keep to themselves: transformers reads the borders from positions that start anew.
+    """
+    positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+    return model(input_ids=batch.input_ids, use_cache=False, **positions).logits
 
 
 def _causal_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return _token_sum(logits[:, :-1], labels[:, 1:])
+    """Labels move to the left, not logits to the right: those of all but the last position would be a copy."""
+    return cross_entropy_sum(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL))
 
 
 def _class_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -71,9 +77,9 @@ def _class_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 TASKS = {
-    "seq2seq": Task(transformers.AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM", _seq2seq_logits, _token_sum),
+    "seq2seq": Task(transformers.AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM", _seq2seq_logits, cross_entropy_sum),
     "causal": Task(transformers.AutoModelForCausalLM, "CAUSAL_LM", _causal_logits, _causal_sum),
-    "classification": Task(transformers.AutoModelForSequenceClassification, "SEQ_CLS", _class_logits, _token_sum),
+    "classification": Task(transformers.AutoModelForSequenceClassification, "SEQ_CLS", _class_logits, cross_entropy_sum),
 }
 
 

@@ -1,0 +1,98 @@
+"""A rank of a recipe without Ray: the plan, the feed and the engine, for benchmarks that torchrun or python starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainkit.cluster.hardware import worker_device
+from trainkit.data.batches import Budget
+from trainkit.data.distributor import DataDistributor, Feeding
+from trainkit.data.feed import Feed, Padding, Source
+from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer, prepare
+from trainkit.planning.facts import DataFacts
+from trainkit.planning.planner import Plan, make_plan
+from trainkit.recipe.reader import read_recipe
+from trainkit.recipe.schema import Recipe
+from trainkit.recipe.zero import read_zero
+from trainkit.training.engine import Engine, Partitioning
+from trainkit.training.model import build_model, model_facts
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What is the same for all who train here: the recipe, its rows and the plan."""
+
+    number: int
+    recipe: Recipe
+    plan: Plan
+    prepared: Prepared
+    device: torch.device
+
+    @classmethod
+    def join(cls, path: Path, overrides: list[str], runs: str) -> Rank:
+        """Make the process group of torchrun's environment, or of one process, and plan the recipe for it."""
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29544"}.items():
+            os.environ.setdefault(name, value)
+        world_size = int(os.environ["WORLD_SIZE"])
+        own = [f"scaling.num_workers={world_size}", "data.eval=null", "train.metrics=[]", f"run.storage_path={runs}"]
+        recipe = read_recipe(path, [*overrides, *own])
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if recipe.scaling.use_gpu else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        prepared = prepare(recipe)
+        rows = DataFacts(TokenArrays.open(prepared.train).rows, None)
+        hardware = worker_device(recipe.scaling.use_gpu)
+        plan = make_plan(recipe, read_zero(recipe.zero, path), model_facts(recipe, prepared.label_names), rows, hardware)
+        return cls(dist.get_rank(), recipe, plan, prepared, device)
+
+    def feed(self) -> Feed:
+        plan, recipe = self.plan, self.recipe
+        budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
+        arrays, task = str(self.prepared.train), recipe.model.task
+        feeding = Feeding(arrays, task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle=True)
+        distributor, tokenizer = DataDistributor({"train": feeding}), load_tokenizer(recipe).tokenizer
+        padding = Padding(
+            task, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id, tokenizer.eos_token_id
+        )
+        source = Source(lambda first, count: partial(distributor.steps, "train", first, count, self.number))
+        return Feed(source, padding, rank=self.number, last_step=10**9, device=self.device)
+
+    def model(self, partitioning: Partitioning | None = None) -> torch.nn.Module:
+        """On the device, with random weights: zeros would keep a GPU cooler and quicker than weights do."""
+        gathered = (lambda parameter: contextlib.nullcontext(True)) if partitioning is None else partitioning.gathered
+        model: torch.nn.Module = build_model(self.recipe, None, gathered, self.prepared.label_names).to(self.device)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                torch.nn.init.normal_(getattr(parameter, "ds_tensor", parameter), std=0.02)
+        return model
+
+    def engine(self) -> Engine:
+        partitioning = Partitioning(self.plan)
+        engine = Engine(self.model(partitioning), self.plan, self.recipe.model.task, self.device)
+        engine.partitioning = partitioning  # type: ignore[attr-defined]  # lives as long as the model
+        return engine
+
+    def wait(self) -> None:
+        """For all ranks and what they have on their devices."""
+        dist.barrier()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def timed(self, train: Callable[[int, int], None], first: int, count: int) -> float:
+        """Seconds a step of train(first step, count)."""
+        self.wait()
+        began = time.perf_counter()
+        train(first, count)
+        self.wait()
+        return (time.perf_counter() - began) / count

@@ -1,0 +1,79 @@
+"""One rank of the table of fast paths: trains every asked case for some steps and, on rank 0, writes losses and gradient norms.
+
+RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29511 python fast_worker.py cases.json results.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainkit.data.feed import MicroBatch, StepBatch
+from trainkit.planning.facts import DataFacts, Hardware
+from trainkit.planning.flops import Work
+from trainkit.planning.planner import make_plan
+from trainkit.recipe.reader import read_recipe
+from trainkit.recipe.zero import read_zero
+from trainkit.training import loop
+from trainkit.training.engine import Engine, Partitioning
+from trainkit.training.model import build_model, model_facts
+
+STEPS = 12
+SHAPES = [(4, 24, 16), (6, 16, 16), (2, 40, 24)]  # each comes again and again, so that it is captured and replayed
+
+
+def step_batch(step: int, rank: int, device: torch.device) -> StepBatch:
+    """Two micro-batches a rank, with padding and labels that do not count; drawn from (step, rank)."""
+    micro_batches = []
+    for number in range(2):
+        rows, source, target = SHAPES[(step + number) % len(SHAPES)]
+        generator = torch.Generator().manual_seed(1000 * step + 10 * rank + number)
+        ids, labels = (torch.randint(3, 300, (rows, length), generator=generator) for length in (source, target))
+        mask = torch.ones_like(ids)
+        mask[0, source // 2 :], labels[0, target // 2 :] = 0, -100
+        index = rank * 2 + number
+        micro_batches.append(MicroBatch(index, np.arange(rows), ids.to(device), mask.to(device), labels.to(device), None, Work(), 0))
+    counted = torch.tensor(sum(int((micro.labels != -100).sum()) for micro in micro_batches), device=device)
+    dist.all_reduce(counted)
+    return StepBatch(step, 0, 0, int(counted), 2 * dist.get_world_size(), micro_batches)
+
+
+def train(case: dict[str, Any], device: torch.device) -> list[list[float]]:
+    recipe = read_recipe(case["recipe"], case["set"])
+    plan = make_plan(recipe, read_zero(recipe.zero), model_facts(recipe), DataFacts(64, None), Hardware("cuda", "GPU", 140 << 30))
+    partitioning = Partitioning(plan)
+    said: list[str] = []
+    engine = Engine(build_model(recipe, case["first_weights"], partitioning.gathered), plan, recipe.model.task, device, said.append)
+    rows = []
+    for step in range(1, STEPS + 1):
+        batch = step_batch(step, dist.get_rank(), device)
+        loss = loop.forward_and_backward(engine, batch, recipe.train.seed)
+        norm, _ = engine.step(1e-3)
+        dist.all_reduce(loss)
+        rows.append([float(loss) / batch.label_tokens, float(norm)])
+    assert not said, said
+    if plan.cuda_graphs:
+        assert sum(graph is not None for graph in engine.graphs.met.values()) == len(SHAPES), "every shape was captured"
+    engine.close()
+    return rows
+
+
+def main(cases_file: str, results_file: str) -> None:
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    results = {case["name"]: train(case, device) for case in json.loads(Path(cases_file).read_text())}
+    if dist.get_rank() == 0:
+        Path(results_file).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,94 @@
+"""Which modules are a model's blocks, and what happens where they do not compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from trainkit.training import blocks
+from trainkit.training.blocks import compile_blocks, repeated_blocks
+
+T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "config", "kinds"),
+    [
+        (transformers.AutoModelForSeq2SeqLM, transformers.T5Config(**T5), {"T5Block": 4}),
+        (transformers.AutoModelForCausalLM, transformers.LlamaConfig(**TEXT), {"LlamaDecoderLayer": 3}),
+        (transformers.AutoModelForCausalLM, transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2), {"GPT2Block": 2}),
+        (transformers.AutoModelForSequenceClassification, transformers.BertConfig(**TEXT), {"BertLayer": 3}),
+    ],
+)  # fmt: skip
+def test_a_models_blocks_are_found(auto_class: Any, config: Any, kinds: dict[str, int]) -> None:
+    names = [type(block).__name__ for block in repeated_blocks(auto_class.from_config(config))]
+    assert {name: names.count(name) for name in names} == kinds
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the compiler was given, with a backend that runs it as it is."""
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(blocks, "BACKEND", backend)
+    return seen
+
+
+def test_all_blocks_share_one_compilation_and_any_number_of_rows(compiled: list[str]) -> None:
+    tower, said = Tower(), list[str]()
+    before = tower(torch.ones(3, 4))
+    compile_blocks(tower, said.append)
+    for rows in (3, 5, 8):
+        tower(torch.ones(rows, 4, requires_grad=True)).sum().backward()
+    assert torch.equal(tower(torch.ones(3, 4, requires_grad=True)), before)
+    assert len(compiled) == 1 and said == []
+    assert set(tower.state_dict()) == set(Tower().state_dict())
+
+
+def test_without_gradients_nothing_is_compiled(compiled: list[str]) -> None:
+    tower = Tower()
+    compile_blocks(tower, pytest.fail)
+    with torch.no_grad():
+        tower(torch.ones(3, 4))
+    assert compiled == []
+
+
+def test_blocks_that_do_not_compile_run_as_they_are_and_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        raise RuntimeError("no such chip")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(blocks, "BACKEND", backend)
+    tower, said = Tower(), list[str]()
+    before = tower(torch.ones(3, 4))
+    compile_blocks(tower, said.append)
+    assert torch.equal(tower(torch.ones(3, 4)), before) and torch.equal(tower(torch.ones(3, 4)), before)
+    assert len(said) == 1 and "do not compile" in said[0] and "no such chip" in said[0]
+
+
+def test_a_models_own_error_is_not_taken_for_the_compilers(compiled: list[str]) -> None:
+    tower = Tower()
+    compile_blocks(tower, pytest.fail)
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
+        tower(torch.ones(3, 5))

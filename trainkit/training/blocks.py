@@ -1,0 +1,67 @@
+"""A model's repeated blocks: compiled once for all of them, and gathered whole under ZeRO-3.
+
+Compiling one block takes seconds, a whole model minutes; and the blocks are where the time goes. Sizes are dynamic: one compilation
+serves all shapes of micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+
+BACKEND = "inductor"
+_MOST_TOLD = 300  # letters of a compiler's message
+RECOMPILES = 64  # first and other layers, encoder and decoder, one row or several; torch's own limit is 8
+
+
+def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The children of every outermost list of at least two modules of one class."""
+    if isinstance(model, torch.nn.ModuleList) and len(model) > 1 and len({type(child) for child in model}) == 1:
+        return list(model)
+    return [block for child in model.children() for block in repeated_blocks(child)]
+
+
+def compile_blocks(model: torch.nn.Module, say: Callable[[str], None]) -> None:
+    """Compile the forward of each repeated block, at its first use.
+
+    Only `forward`: hooks around a block, such as those of ZeRO-3, stay outside. Without gradients, in evaluation and generation, whose
+    shapes never end, a block runs as it is; so does one that does not compile, and `say` is told so once.
+    """
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # what does not compile shows in the forward, where there is a way back
+    torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
+    falls_back = _Fallback(say)
+    for block in repeated_blocks(model):
+        block.forward = falls_back.guarded(block.forward)
+
+
+class _Fallback:
+    """One for all blocks: what one of them cannot, none can."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.failed = say, False
+
+    def guarded(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = torch.compile(forward, dynamic=True, backend=BACKEND)
+
+        def compiled_forward(*args: Any, **kwargs: Any) -> Any:
+            if self.failed or not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except Exception as error:  # of whichever part of the compiler
+                if not _is_compilers(error):
+                    raise
+                result = forward(*args, **kwargs)  # a fault of the model's own shows here, as what it is
+                self.failed = True
+                self.say(f"the model's blocks do not compile here and run as they are: {' '.join(str(error).split())[:_MOST_TOLD]}")
+                return result
+
+        return compiled_forward
+
+
+def _is_compilers(error: Exception) -> bool:
+    return any(kind.__module__.startswith(("torch._dynamo", "torch._inductor", "triton")) for kind in type(error).__mro__)
