@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainkit.data import catalogue
 from trainkit.data.batches import Budget, Part, compose, deal, round_up
 from trainkit.data.catalogue import SHAPES, Catalogues
 from trainkit.data.packing import pack
@@ -112,6 +113,24 @@ def test_ranks_carry_nearly_equal_cost_in_few_shapes() -> None:
         loads.append([sum(costs[index] for index in mine) for mine in deal(costs, 8)])
     assert len(costs) >= 16 and len(shapes) <= SHAPES
     assert np.mean([max(load) / np.mean(load) for load in loads]) <= 1.02
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_few_micro_batches_cost_the_same_where_the_budget_bounds_none(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A micro-batch for each rank: the dearest one is what a step takes."""
+    rng, budget = np.random.default_rng(1), Budget(tokens=192 * 256 // k)
+    source, target = np.clip(rng.gamma(8, 2.6, 20_000), 8, 70).astype(int), np.clip(rng.gamma(5, 3.3, 20_000), 5, 90).astype(int)
+    steps = [slice(256 * step, 256 * (step + 1)) for step in range(20)]
+
+    def costs() -> np.ndarray:
+        catalogues = Catalogues(source, target, 256, budget)
+        return np.array([[part.shape.cost for part in compose(source[rows], target[rows], k, budget, catalogues)] for rows in steps])
+
+    even = costs()
+    monkeypatch.setattr(catalogue, "LOOSE", np.inf)
+    cheapest = costs()
+    assert (even.max(1) / even.mean(1)).mean() < 1.08
+    assert even.max(1).mean() < 0.93 * cheapest.max(1).mean() and even.sum() < 1.1 * cheapest.sum()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 512])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,8 @@ from trainkit.data.order import samples_of_step
 SHAPES = 64  # of a catalogue
 ALIGNED_FROM = 64  # lengths from here on are multiples of LENGTH_STEP; for shorter ones that would take 4 to 12 % more tokens
 FIRST, BIN = 1.04, 1.07  # ratios: where the first bin ends to the most micro-batches that a trial step needs, and of other bins' ends
-EVEN_FROM = 16  # with fewer micro-batches equal costs would take too much padding: their plain sum is made least
+EVEN_FROM = 16  # micro-batches; with fewer, equal costs take 2 to 5 % more padding, and are wanted where nothing else bounds the dearest:
+LOOSE = 2.5  # a budget beyond so many times the cost without padding does not
 EVEN_POWER = 80  # power × micro-batches: with many for each rank the sums even out by themselves
 MOST_MICRO_BATCHES = 32  # of a trial step: larger steps are cut like smaller ones, in more time
 TRIAL_SAMPLES, TRIAL_STEPS = 12_288, 160  # at most, enough to choose shapes by
@@ -74,12 +75,13 @@ class Catalogues:
 
     def _choose(self, low: float, high: float) -> Catalogue:
         """For whole steps in more than `low` and at most `high` micro-batches. Of larger steps a part stands for the whole."""
-        power = 1 if math.floor(high) < EVEN_FROM else max(2, round(EVEN_POWER / high))
         samples = math.ceil(self.samples * min(1.0, MOST_MICRO_BATCHES / high))
         share = samples / self.samples
         ks = list(range(math.floor(low * share) + 1, math.floor(high * share) + 1)) or [math.ceil(high * share)]
-        aim = _Aim(self.source, self.target, self.longest, self.budget, samples, ks, power)
-        steps = self._steps(samples, EVEN_TRIALS // ks[-1] if power > 1 else TRIAL_SAMPLES // samples)
+        aim = _Aim(self.source, self.target, self.longest, self.budget, samples, ks, 1)
+        if high >= EVEN_FROM or (high >= 2 and self.budget.limit > LOOSE * aim.usual):
+            aim = replace(aim, power=max(2, round(EVEN_POWER / high)))
+        steps = self._steps(samples, EVEN_TRIALS // ks[-1] if aim.power > 1 else TRIAL_SAMPLES // samples)
         trials = [_Trial(*step, k) for step, k in zip(steps, itertools.cycle(ks), strict=False)]
         found = [_pruned(aim, _pool(aim, trials, strips), trials) for strips in aim.strip_counts]
         best = min(found, key=lambda pair: pair[0])
