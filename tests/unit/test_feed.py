@@ -124,6 +124,16 @@ def test_any_step_can_be_asked_for() -> None:
     feed.close()
 
 
+def test_what_was_begun_is_not_asked_for_again() -> None:
+    asked: list[tuple[int, int]] = []
+    feed = feed_of(answering(30, asked), 30)
+    feed.begin(7)
+    thread = feed.thread
+    assert first_token(feed, 7) == 7 and first_token(feed, 8) == 8 and feed.thread is thread
+    assert [first for first, _ in asked] == sorted({first for first, _ in asked})
+    feed.close()
+
+
 def test_it_runs_ahead_by_bytes_not_by_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step here takes 3 × 8 int64 of tensors."""
     monkeypatch.setattr(feeds, "AHEAD_BYTES", 3 * 192)

@@ -131,6 +131,7 @@ class Worker:
 
     def run(self) -> dict[str, Any] | None:
         self.phase("building the engine")
+        self.feeds["train"].begin(self.step + 1)
         if self.recipe.train.deterministic:
             torch.use_deterministic_algorithms(True)
         partitioning = Partitioning(self.plan)

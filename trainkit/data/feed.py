@@ -86,10 +86,18 @@ class Feed:
         self.next_step: int | None = None
         self.thread: threading.Thread | None = None
 
+    def begin(self, step: int) -> None:
+        """Fetch from this step on, in the background: what comes first takes longest, and something else may be built meanwhile."""
+        self.close()
+        self.ahead = _Ahead(AHEAD_BYTES)
+        self.thread = threading.Thread(target=self._read_ahead, args=(step, self.ahead), name="feed", daemon=True)
+        self.thread.start()
+        self.next_step = step
+
     def micro_batches(self, step: int) -> StepBatch:
         """The micro-batches of optimizer step `step` (from 1), on the device. Raises TrainingError when the feed is stuck."""
         if step != self.next_step:
-            self._start(step)
+            self.begin(step)
         item = self._waited(step)
         if isinstance(item, BaseException):
             self.next_step = None
@@ -119,12 +127,6 @@ class Feed:
         if waited:
             self.source.say("")
         return item
-
-    def _start(self, step: int) -> None:
-        self.close()
-        self.ahead = _Ahead(AHEAD_BYTES)
-        self.thread = threading.Thread(target=self._read_ahead, args=(step, self.ahead), name="feed", daemon=True)
-        self.thread.start()
 
     def _read_ahead(self, step: int, ahead: _Ahead) -> None:
         """Keep CALLS_AHEAD calls under way, growing to about CALL_BYTES each: the first asks for one step, which comes soonest."""
