@@ -48,7 +48,8 @@ class Rank:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if recipe.scaling.use_gpu else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        if not dist.is_initialized():  # Ray Train has made one
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
         prepared = prepare(recipe)
         rows = DataFacts(TokenArrays.open(prepared.train).rows, None)
         hardware = worker_device(recipe.scaling.use_gpu)

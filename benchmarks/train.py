@@ -65,7 +65,7 @@ class Clock:
         self.done += 1
         if self.done == 1:
             self.rank.wait()
-            self.first_step = time.perf_counter() - self.began
+            self.first_step = time.time() - self.began
         if self.done in (self.warm_up, self.warm_up + self.steps, self.total):
             self.rank.wait()
         if self.warm_up <= self.done <= self.warm_up + self.steps:
@@ -232,13 +232,22 @@ def write_long_rows(path: Path, words: int) -> None:
     path.write_text((json.dumps({"question": source, "sql": target, "text": source}) + "\n") * LONG_ROWS)
 
 
+def report(case: str, clock: Clock) -> str:
+    """The line of a case. Compilation and graphs are trainkit's own."""
+    rank, plan = clock.rank, clock.rank.plan
+    keys = {"case": case, "model": Path(rank.recipe.model.path).name, "zero": plan.zero_name, "precision": plan.precision}
+    own = {"compile": plan.compile_blocks, "cuda_graphs": plan.cuda_graphs} if case == "ours" else {}
+    versions = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
+    return json.dumps(keys | own | clock.result() | {"commit": commit()} | versions)
+
+
 def commit() -> str | None:
     asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     return asked.stdout.strip() or None
 
 
 def main() -> None:
-    began = time.perf_counter()
+    began = time.time()
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("recipe", type=Path)
     asked.add_argument("--case", choices=CASES, default="ours")
@@ -257,11 +266,7 @@ def main() -> None:
         clock = Clock(rank, options.warm_up, options.steps, began)
         CASES[options.case](rank, clock)
         if rank.number == 0:
-            plan = rank.plan
-            keys = {"case": options.case, "model": Path(rank.recipe.model.path).name, "zero": plan.zero_name, "precision": plan.precision,
-                    "compile": plan.compile_blocks, "cuda_graphs": plan.cuda_graphs}  # fmt: skip
-            versions = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
-            print(json.dumps(keys | clock.result() | {"commit": commit()} | versions), flush=True)
+            print(report(options.case, clock), flush=True)
         dist.barrier()
     os._exit(0)  # without what libraries do at the end, which takes seconds
 
