@@ -31,7 +31,7 @@ from trainkit.planning.planner import Plan, halved, with_micro_batches
 from trainkit.planning.show import batch_equation, plan_text
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
-from trainkit.runs import checkpoints, copying
+from trainkit.runs import checkpoints, copying, startup
 from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import LEASE_SECONDS, PREDECESSOR_SECONDS, RunFolder
 from trainkit.runs.worked import WorkedTime
@@ -114,6 +114,7 @@ class _Run:
     def _attempt(self, prepared: Any, checkpoint: Checkpoint | None) -> dict[str, Any]:
         done = self.done = 0 if checkpoint is None else checkpoint.step
         self._check_data(prepared, checkpoint)
+        startup.begin(self.folder, time.time() if self.failures else self.worked.began)
         attempt, self.oom_kills = self.folder.begin_attempt(), hardware.oom_kills()
         self.folder.keep_steps(done)
         if done or attempt > 1 or self.failures:
@@ -279,7 +280,8 @@ def _recorded(run: _Run, began: float) -> dict[str, Any]:
     with run.signals.ignored():
         summary = summarize(
             run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began, worked_seconds=run.worked.seconds(),
-            ranks=run.folder.read_ranks(), failures=run.folder.failures(), restarts=run.restarts,
+            startup_seconds=startup.startup_seconds(run.folder), ranks=run.folder.read_ranks(), failures=run.folder.failures(),
+            restarts=run.restarts,
         )  # fmt: skip
         try:
             run.folder.write_summary(summary)

@@ -31,6 +31,7 @@ from trainkit.cluster.signals import Signals
 from trainkit.errors import CapacityError, UsageError
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
+from trainkit.runs import startup
 from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import RunFolder
 
@@ -69,10 +70,12 @@ def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[],
 
     Raises CapacityError before anything starts, UsageError if no cluster answers at the address, and whatever `fit` raises.
     """
+    startup.ended(asked.folder, startup.PLAN)
     settings = environment_settings(asked.recipe, local=asked.address is None)
     with environment(settings), _quiet(asked), ray_session(asked.address, settings, asked.verbose, signals) as nodes:
         from trainkit.data.distributor import make_distributors
 
+        startup.ended(asked.folder, startup.RAY)
         nodes = _enough(nodes, asked)
         asked = replace(asked, plan=asked.plan_on(nodes))
         nodes = worker_nodes(nodes, asked.recipe.scaling, asked.plan.world_size)
@@ -80,6 +83,7 @@ def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[],
         distributors = make_distributors(_feedings(asked), [node.id for node in nodes])
         asked = replace(asked, plan=asked.data_known(asked.plan, distributors.largest_micro_batch("train", _first_step(asked))))
         trainer = _trainer(asked, distributors)
+        startup.ended(asked.folder, startup.DATA)
         with signals.softly(stop), _ranks_told(asked, distributors):
             return _fit(trainer, asked, display)
 

@@ -39,6 +39,9 @@ def _numbers(summary: Mapping[str, Any], use_gpu: bool) -> Table:
     table.add_row("trained", f"{summary['steps']:,} steps, {summary['samples']:,} samples, {format_count(summary['tokens'])} tokens")
     speed = f"{summary['samples_per_second']:,.1f} samples/s, {format_count(summary['tokens_per_second'])} tokens/s"
     table.add_row("speed", f"{speed} over {format_seconds(summary['seconds'])} of steps; {format_seconds(summary['wall_seconds'])} in all")
+    if summary["startup_seconds"]:
+        pieces = ", ".join(f"{piece} {seconds:.0f} s" for piece, seconds in summary["startup_seconds"].items())
+        table.add_row("start", f"{format_seconds(sum(summary['startup_seconds'].values()))}: {pieces}")
     table.add_row("time", _time(summary))
     if summary["peak_memory_gib"]:
         table.add_row("peak memory", f"{max(summary['peak_memory_gib']):.2f} GiB {what} on the fullest rank")

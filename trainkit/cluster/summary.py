@@ -29,12 +29,14 @@ def summarize(
     wall_seconds: float,
     *,
     worked_seconds: float = 0.0,
+    startup_seconds: Mapping[str, float] | None = None,
     ranks: Sequence[Mapping[str, Any]] = (),
     failures: Sequence[Mapping[str, Any]] = (),
     restarts: int = 0,
 ) -> dict[str, Any]:
     """`outcome` is rank 0's, empty if it left none; `ranks` what each measured last.
 
+    startup_seconds: to the first step of the last attempt, by piece (runs/startup.py).
     `seconds` counts optimizer steps alone, `wall_seconds` the whole command, `worked_seconds` all commands on this run (0: not known).
     """
     added_up = totals(steps, plan.rows)
@@ -43,6 +45,7 @@ def summarize(
         **added_up,
         "eval": outcome.get("eval"),
         "wall_seconds": wall_seconds,
+        "startup_seconds": dict(startup_seconds or {}),
         "goodput": rate(added_up["seconds"], worked_seconds),
         "memory": _memory(plan, ranks),
         "restarts": restarts,

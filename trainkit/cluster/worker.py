@@ -36,7 +36,7 @@ from trainkit.planning.planner import Plan
 from trainkit.planning.show import plan_text
 from trainkit.recipe.reader import recipe_to_yaml
 from trainkit.recipe.schema import Recipe
-from trainkit.runs import checkpoints
+from trainkit.runs import checkpoints, startup
 from trainkit.runs.checkpoints import Checkpoint, sha256
 from trainkit.runs.copying import Copier, NoCopier
 from trainkit.runs.files import Lock
@@ -130,6 +130,8 @@ class Worker:
         self.examples: dict[int, list[dict[str, str]]] = {}  # by the step of their evaluation
 
     def run(self) -> dict[str, Any] | None:
+        if self.rank == 0:
+            startup.ended(self.folder, startup.WORKERS)
         self.phase("building the engine")
         self.feeds["train"].begin(self.step + 1)
         if self.recipe.train.deterministic:
@@ -144,6 +146,8 @@ class Worker:
             self.phase(f"going on from step {self.step}")
             restore(engine, self.job.checkpoint, self.feeds["train"].micro_batches(min(self.step + 1, self.plan.total_steps)))
         self.saver.prepare(engine)
+        if self.rank == 0:
+            startup.ended(self.folder, startup.ENGINE)
         self.phase("training")
         around = loop.Surroundings(
             report=self.report,
@@ -187,6 +191,8 @@ class Worker:
         self.board.step(record)
         if self.log is not None:
             self.log.append(as_json(record, self.order))
+            if record.step == self.begin.steps + 1:
+                startup.ended(self.folder, startup.FIRST_STEP)
             if time.monotonic() - self.ranks_told > _RANKS_SECONDS or record.step == self.plan.total_steps or record.stop:
                 self.ranks_told = time.monotonic()
                 self.folder.write_ranks([asdict(rank) for rank in record.ranks])

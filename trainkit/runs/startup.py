@@ -1,0 +1,31 @@
+"""Where the time from a command to its first step went: driver and rank 0 note when a piece of it ends.
+
+Of the newest attempt alone. Clocks of two machines may differ by a little; no piece takes less than nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+
+from trainkit.runs.files import whole_lines
+from trainkit.runs.folder import RunFolder
+
+PLAN, RAY, DATA, WORKERS, ENGINE, FIRST_STEP = "plan and rows", "Ray", "operators and data", "workers", "model and engine", "first step"
+
+
+def begin(folder: RunFolder, began: float) -> None:
+    """A new attempt, at `began` seconds since 1970."""
+    (folder.ray / "startup.jsonl").write_text(json.dumps({"piece": None, "at": began}) + "\n", "utf-8")
+
+
+def ended(folder: RunFolder, piece: str) -> None:
+    with (folder.ray / "startup.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"piece": piece, "at": time.time()}) + "\n")
+
+
+def startup_seconds(folder: RunFolder) -> dict[str, float]:
+    """By piece, in order; those that ended."""
+    marks = whole_lines(folder.ray / "startup.jsonl")
+    return {mark["piece"]: max(0.0, mark["at"] - before["at"]) for before, mark in itertools.pairwise(marks)}
