@@ -45,6 +45,12 @@ def test_a_wrong_size_is_one_message(capsys: pytest.CaptureFixture[str]) -> None
     assert "--gpu-memory: 'much' is not a size: write for example 80GiB" in capsys.readouterr().err
 
 
+def test_the_memory_of_gpus_that_a_recipe_does_not_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("plan", QUICKSTART, "--gpu-memory", "80GiB") == 2
+    told = capsys.readouterr()
+    assert "80 GiB is of no use: the recipe trains on the CPU. Write scaling.use_gpu: true" in told.err and told.out == ""
+
+
 def test_a_wrong_key_in_set_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("plan", QUICKSTART, "--set", "optimizer.learning=1") == 2
     assert "optimizer" in capsys.readouterr().err

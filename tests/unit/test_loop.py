@@ -70,12 +70,12 @@ class Engine:
 
 def run(
     engine: Engine, records: list[StepRecord], *, steps: int = 5, evaluations: list[dict[str, float]] | None = None,
-    save_every: int = 0, begin: Outcome | None = None, **train_keys: Any,
+    save_every: int = 0, begin: Outcome | None = None, precision: str = "fp32", **train_keys: Any,
 ) -> Any:  # fmt: skip
     keys = {"seed": 1, "metric_for_best_model": None, "early_stopping_patience": None} | train_keys
     recipe = SimpleNamespace(train=SimpleNamespace(**keys), optimizer=SimpleNamespace(lr=0.1, lr_scheduler_type="constant"))
     plan = SimpleNamespace(
-        world_size=1, total_steps=steps, warmup_steps=0, eval_every=2 if evaluations else 0, save_every=save_every, precision="fp32",
+        world_size=1, total_steps=steps, warmup_steps=0, eval_every=2 if evaluations else 0, save_every=save_every, precision=precision,
         flops=TrainingFlops(5, 3, 0, 0, 0), peak_flops=1000.0,
     )  # fmt: skip
     kept: list[int] = []
@@ -122,6 +122,9 @@ def test_a_step_without_a_finite_update_is_recorded_and_stops_the_run_one_step_l
     assert caught.value.facts["step"] == 2 and len(records) == engine.steps == 3
     assert math.isnan(records[1].loss) == ("nan_at" in fault) and records[1].skipped_ranks == ((0,) if "skip_at" in fault else ())
     assert "rank 0" in str(caught.value) and caught.value.facts["rank"] == 0
+    assert str(caught.value).endswith("Look at the rows of this step, or lower optimizer.lr."), "it is fp32 already"
+    with pytest.raises(NonFiniteError, match=r"lower optimizer\.lr, or use model\.precision: fp32\."):
+        run(Engine(**fault), [], precision="bf16")
 
 
 def test_a_stop_request_ends_the_run_after_a_whole_step() -> None:

@@ -26,6 +26,7 @@ from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import notebook
 from trainkit.runs.child import Child
+from trainkit.runs.files import Lock, is_locked
 from trainkit.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -45,8 +46,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunFolder, Path]]:
     made: list[tuple[RunFolder, Path]] = []
 
     class NoChild:
-        def __init__(self, folder: RunFolder, recipe: Path, address: str | None):
+        def __init__(self, folder: RunFolder, recipe: Path, address: str | None, starting: Lock):
             made.append((folder, recipe))
+            starting.release()
 
     monkeypatch.setattr(notebook, "Child", NoChild)
     return made
@@ -88,6 +90,24 @@ def test_a_wrong_change_is_told_with_the_nearest_spelling_and_all_at_once(recipe
         'with_: zero: "zero4" is neither a shipped configuration (zero0, zero1, zero2, zero3, zero2_offload, zero3_offload) nor a file'
         " (did you mean zero3?)",
     ]
+
+
+def test_values_of_another_kind_are_told_in_one_sentence(recipe: Recipe) -> None:
+    values: Any
+    for values, words in [
+        ("batch.samples=3", "not str 'batch.samples=3'"),
+        (None, "not None"),
+        (3, "not int '3'"),
+        ([3], "not list '[3]'"),
+    ]:
+        for changed in (recipe.with_, lambda changes: trainkit.plan(recipe, changes)):
+            with pytest.raises(UsageError, match=re.escape(words)) as caught:
+                changed(values)
+            assert caught.value.message.startswith('changes of a recipe: write a mapping such as {"batch.samples": 64}')
+    for values, words in [(None, "not None"), (3, "not int '3'"), ([], "not list '[]'")]:
+        for read in (trainkit.load_recipe, trainkit.plan, trainkit.train):
+            with pytest.raises(UsageError, match=re.escape(f"recipe: write a file, a mapping of sections or a Recipe, {words}")):
+                read(values)
 
 
 def test_keys_that_do_not_fit_each_other_are_told(recipe: Recipe) -> None:
@@ -177,6 +197,8 @@ def test_what_a_plan_could_not_reach_is_in_its_notes(recipe: Recipe) -> None:
     assert any(note.startswith("unknown: model.path: nobody/model") for note in plan.notes)
     with pytest.raises(UsageError, match="gpu_memory: 'much' is not a size"):
         trainkit.plan(recipe, gpu_memory="much")
+    with pytest.raises(UsageError, match=r"80 GiB is of no use: the recipe trains on the CPU. Write scaling\.use_gpu: true"):
+        trainkit.plan(recipe, gpu_memory="80GiB")
 
 
 # Rows at hand
@@ -203,6 +225,10 @@ def test_rows_at_hand_are_written_once_by_their_content(tmp_path: Path) -> None:
         ([1, 2], "data: a list is no set of rows: give a datasets.Dataset, a pandas frame, a list of dicts"),
         ("rows.jsonl", "data: a str is no set of rows"),
         ({"train": [{"a": 1}], "validation": 3}, "data['validation']: a int is no set of rows"),
+        ([], "data: there are no rows"),
+        (pandas.DataFrame({"a": []}), "data: there are no rows"),
+        ({"train": [{"a": 1}], "validation": []}, "data['validation']: there are no rows: leave this split out"),
+        ({}, "data: a dict without splits"),
     ],
 )
 def test_what_is_no_set_of_rows_is_told(tmp_path: Path, rows: Any, words: str) -> None:
@@ -269,7 +295,8 @@ def test_a_started_run_has_its_folder_and_recipe_at_once(recipe: Recipe, started
 @pytest.fixture
 def failed(tmp_path: Path) -> Child:
     """A command that ends before it has found its recipe."""
-    child = Child(RunFolder.create(tmp_path, "it", "it"), tmp_path / "nope.yaml", None)
+    folder = RunFolder.create(tmp_path, "it", "it")
+    child = Child(folder, tmp_path / "nope.yaml", None, folder.lock("starting"))
     child.wait(60)
     return child
 
@@ -311,12 +338,87 @@ def test_waiting_for_a_run_that_failed_raises_its_error(failed: Child, recipe: R
         run.interrupt()
 
 
+SLOW_TO_BEGIN = """
+import time
+from pathlib import Path
+from trainkit.runs.folder import RunFolder
+while not Path("begin").exists():
+    time.sleep(0.02)
+with RunFolder("runs/mine").lock("driver", wait_seconds=10):
+    while not Path("end").exists():
+        time.sleep(0.02)
+"""
+DEAF_AT_FIRST = """
+import signal, time
+from pathlib import Path
+from trainkit.cluster.signals import Signals
+both = {signal.SIGINT, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, both)
+with Signals() as signals, signals.softly(lambda: print("after this step", flush=True)):
+    Path("deaf").touch()
+    while not Path("hear").exists():
+        time.sleep(0.02)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        Path("heard").touch()
+        time.sleep(30)
+    except KeyboardInterrupt:
+        print("at once", flush=True)
+"""
+
+
+def commands_are(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the working directory, whatever their options."""
+    command = Path("command").absolute()
+    command.write_text(f"#!{sys.executable}\n{program}")
+    command.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(command))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_run_that_is_starting_or_going_on_is_not_started_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands_are(SLOW_TO_BEGIN, monkeypatch)
+    run = trainkit.train(recipe, name="mine")
+    locks = {name: run.folder.ray / f"lock-{name}" for name in ("starting", "driver")}
+    with pytest.raises(UsageError, match=r"another process works on this run \(lock-starting\)"):
+        trainkit.train(recipe, name="mine", resume=True)
+    Path("begin").touch()
+    until(lambda: is_locked(locks["driver"]) and not is_locked(locks["starting"]))
+    with pytest.raises(UsageError, match=r"another process works on this run \(lock-driver\)"):
+        trainkit.train(recipe, name="mine", resume=True)
+    Path("end").touch()
+    run.wait(20)
+    assert run.status == "completed"
+    again = trainkit.train(recipe, name="mine", resume=True).wait(20)
+    assert again.status == "completed"
+
+
+def test_two_interrupts_in_a_row_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands_are(DEAF_AT_FIRST, monkeypatch)
+    folder = RunFolder.create(tmp_path, "it", "it")
+    child = Child(folder, QUICKSTART, None, folder.lock("starting"))
+    until(Path("deaf").exists)
+    child.interrupt()
+    child.interrupt()
+    Path("hear").touch()
+    child.wait(10)
+    assert child.output().split("\n") == ["", "after this step", "at once", ""]
+
+
 KERNEL = """
 import sys
 from pathlib import Path
 from trainkit.runs.child import Child
 from trainkit.runs.folder import RunFolder
-child = Child(RunFolder.create(sys.argv[1], "it", "it"), Path(sys.argv[2]), None)
+folder = RunFolder.create(sys.argv[1], "it", "it")
+child = Child(folder, Path(sys.argv[2]), None, folder.lock("starting"))
 print(child.process.pid, child.status)
 """
 

@@ -15,6 +15,7 @@ import pandas
 import pytest
 
 import trainkit
+from trainkit.cluster.progress import Watch
 from trainkit.errors import RecipeError, UsageError
 from trainkit.recipe.reader import recipe_to_yaml
 from trainkit.runs import watching
@@ -27,7 +28,7 @@ SUMMARY: dict[str, Any] = {"status": "completed", "steps": 3, "eval": {"step": 3
 
 
 def step(number: int, **changed: Any) -> dict[str, Any]:
-    peaks = {"peak_memory_gib": [0.5, 0.25], "piece_seconds": {"forward": 0.25}, "mfu": None}
+    peaks = {"peak_memory_gib": [0.5, 0.25], "piece_seconds": {"forward": 0.25}, "mfu": None, "data_wait_seconds": 0.0}
     return {"step": number, "loss": 4.0 / number, "samples": 8, "tokens": 100 * number, "seconds": 0.5} | peaks | changed
 
 
@@ -286,10 +287,22 @@ def test_the_stop_button_ends_the_watching_alone(folder: RunFolder, kernel: Show
 
 def test_outside_of_a_notebook_lines_are_printed(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert not watching.in_notebook()
+    folder.write_phase("training")
     watching.watch(Lived(folder, "running", "running", "running", "completed"), 0.1, sleep=lambda seconds: None)
     printed = capsys.readouterr().out
-    assert "step 3/470  loss 1.3333  400 tokens/s" in printed and "tensorboard --logdir runs" in printed
+    assert "step 3/470  loss 1.3333  500 tokens/s" in printed and "tensorboard --logdir runs" in printed
     assert "\x1b" not in printed
+
+
+def test_the_lines_of_a_watched_run_have_the_numbers_of_the_command(folder: RunFolder) -> None:
+    write_steps(folder, *(step(number) | {"seconds": 20.0 if number == 1 else 0.25, "mfu": 0.1 * number} for number in range(1, 6)))
+    folder.write_phase("training")
+    run = trainkit.open_run(folder.path)
+    assert run.plan is not None
+    watched, shown = watching.Lines()._view(run).words(), Watch(folder, run.plan.total_steps).look().words()
+    assert watched == shown and "MFU 35.0 %" in shown and "1,400 tokens/s" in shown
+    (folder.ray / "phase").unlink()
+    assert watching.Lines()._view(run).words()[1:] == shown[:2], "until the command that goes on has begun: step and loss"
 
 
 def test_a_pause_of_nothing_is_refused(folder: RunFolder) -> None:

@@ -42,8 +42,9 @@ def test_verbose_tells_how_far_each_rank_was_fed_also_when_the_attempt_failed() 
     ranks = {0: Handed(samples=64, pieces=[range(1, 9)], since=0.0, last=2.0)}
     for end in (None, TrainingError("rank 1 died")):
         (text,) = told(ranks, end)
-        _, _, one, other = text.splitlines()
-        assert one.split() == ["0", "8", "64", "32.0", "0"] and other.split() == ["1", "0", "0", "0.0", "8", "slowest"]
+        title, _, one, other = text.splitlines()
+        assert "ahead of training" in title and "samples/s" not in text, "what was handed out ahead was not all trained"
+        assert one.split() == ["0", "8", "64", "0"] and other.split() == ["1", "0", "0", "8", "slowest"]
         assert told({}, end) == ["the DataDistributor does not answer"]
         assert told(None, end) == [], "a cluster that is gone hides nothing"
         assert told(ranks, end, verbose=False) == []
@@ -109,8 +110,42 @@ def test_one_slow_step_moves_the_speed_little(folder: RunFolder) -> None:
         log.append(line(step, 1.0, 1000, 1.0))
     log.append(line(50, 1.0, 1000, 6.0))
     view = watch.look()
-    assert view.tokens_per_second == pytest.approx(1000 / 1.5)
-    assert view.eta_seconds == pytest.approx(50 * 1.5)
+    assert view.tokens_per_second == pytest.approx(1000 / 1.25), "one of the last 20 steps"
+    assert view.eta_seconds == pytest.approx(50 * 1.25)
+
+
+def test_the_slow_first_step_counts_only_while_it_is_alone(folder: RunFolder) -> None:
+    watch, log = Watch(folder, 1000), StepLog(folder)
+    log.append(line(1, 1.0, 1000, 20.0) | {"mfu": 0.003, "data_wait_seconds": 19.0})
+    view = watch.look()
+    assert (view.tokens_per_second, view.mfu, view.data_wait_fraction, view.eta_seconds) == pytest.approx((50, 0.003, 0.95, 999 * 20))
+    for step in range(2, 11):
+        log.append(line(step, 1.0, 1000, 0.2) | {"mfu": 0.3, "data_wait_seconds": 0.01})
+    view = watch.look()
+    assert (view.tokens_per_second, view.mfu, view.data_wait_fraction, view.eta_seconds) == pytest.approx((5000, 0.3, 0.05, 990 * 0.2))
+
+
+def test_rates_of_an_attempt_that_is_gone_are_not_shown(folder: RunFolder) -> None:
+    log = StepLog(folder)
+    for step in range(1, 31):
+        log.append(line(step, 2.0, 1000, 0.1) | {"peak_memory_gib": [7.0]})
+    folder.keep_steps(28)
+    watch, log = Watch(folder, 110), StepLog(folder)
+    assert watch.look().words() == ["starting the workers 0 s", "step 28/110", "loss 2.0000"]
+    folder.write_phase("training")
+    log.append(line(29, 1.5, 1000, 10.0))
+    assert watch.look().words() == [*("step 29/110", "loss 1.5000", "100 tokens/s", "peak 7.00 GiB", "data wait 0.0 %", "ETA 13 min 30 s")]
+    log.append(line(30, 1.5, 1000, 0.5))
+    assert watch.look().tokens_per_second == 2000
+
+
+def test_the_peak_is_the_highest_since_the_start_with_as_many_workers(folder: RunFolder) -> None:
+    watch, log = Watch(folder, 10), StepLog(folder)
+    for step, peaks in enumerate(([2.0, 5.0], [3.0, 1.0]), start=1):
+        log.append(line(step, 1.0, 10, 1.0) | {"peak_memory_gib": peaks})
+    assert watch.look().peak_gib == 5.0
+    log.append(line(3, 1.0, 10, 1.0) | {"peak_memory_gib": [4.0]})
+    assert watch.look().peak_gib == 4.0, "one worker's, which the peak of two does not measure"
 
 
 def test_a_loss_that_is_not_a_number_is_shown_as_such(folder: RunFolder) -> None:
@@ -139,6 +174,24 @@ def test_a_terminal_gets_one_line_however_narrow_it_is() -> None:
         drawn = out.getvalue()
     assert "step 3/1,200" in drawn
     assert "tokens/s" not in drawn and "\n" not in drawn, "the end of the words is cut off, not wrapped"
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (80, "1,200/10,000 loss 2.346 1.235M tok/s MFU 31% peak 132 GiB wait 0.1% ETA 1h23"),
+        (100, "step 1,200/10,000  loss 2.3456  1.235 M tokens/s  MFU 31.2 %  peak 131.52 GiB  wait 0.1 %  ETA 1h23"),
+        (120, "step 1,200/10,000  loss 2.3456  1.235 M tokens/s  MFU 31.2 %  peak 131.52 GiB  data wait 0.1 %  ETA 1 h 23 min"),
+    ],
+)
+def test_a_terminal_of_80_columns_shows_all_numbers_of_a_gpu(width: int, shown: str) -> None:
+    out, gpu = io.StringIO(), {"tokens_per_second": 1_234_567.0, "mfu": 0.312, "peak_gib": 131.52, "data_wait_fraction": 0.001}
+    with LiveLine(Console(file=out, force_terminal=True, color_system=None, width=width), others_print=False) as line:
+        line.show(View("training", 1.0, done=1200, total=10_000, loss=2.3456, eta_seconds=83 * 60.0, **gpu))
+        line.live.refresh()
+        drawn = out.getvalue()
+    assert shown in drawn and "…" not in drawn and "\n" not in drawn
+    assert ("━" in drawn) == (width == 120), "the bar takes what the words leave"
 
 
 def test_the_display_fits_where_the_output_goes() -> None:

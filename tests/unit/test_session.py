@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
-from trainkit.cluster.session import environment, job_environment
+from trainkit.cluster.session import environment, environment_settings, job_environment
+from trainkit.recipe.reader import read_recipe
+
+QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"
 
 
 def test_the_users_value_goes_to_the_cluster_and_ours_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,6 +22,24 @@ def test_the_users_value_goes_to_the_cluster_and_ours_where_there_is_none(monkey
         sent = job_environment(settings)
     assert (sent["OMP_NUM_THREADS"], sent["TOKENIZERS_PARALLELISM"]) == ("7", "false")
     assert os.environ["OMP_NUM_THREADS"] == "7" and "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+@pytest.mark.parametrize(("out", "err", "coloured"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_workers_lines_have_colours_in_a_terminal_only(
+    out: bool, err: bool, coloured: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray._private.worker import print_worker_logs
+
+    monkeypatch.delenv("RAY_COLOR_PREFIX", raising=False)
+    with monkeypatch.context() as terminals:
+        terminals.setattr(sys.stdout, "isatty", lambda: out)
+        terminals.setattr(sys.stderr, "isatty", lambda: err)
+        settings = environment_settings(read_recipe(QUICKSTART), local=False)
+    monkeypatch.setattr("ray._private.worker._worker_logs_enabled", True)
+    with environment(settings):
+        print_worker_logs({"pid": "7", "lines": ["loss 1.0"], "actor_name": "RayTrainWorker"}, sys.stdout)  # type: ignore[dict-item]
+    printed = capsys.readouterr().out
+    assert "(RayTrainWorker pid=7)" in printed and ("\x1b" in printed) == coloured
 
 
 def test_each_node_keeps_its_own_path() -> None:

@@ -11,10 +11,11 @@ from typing import Any, cast
 
 import pytest
 
-from trainkit.cluster import driver
+from trainkit.cluster import driver, screen
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import MEASURED, summarize
 from trainkit.errors import CapacityError, ExportMismatch, Interrupted, NonFiniteError, TrainingError, TrainkitError, UsageError
+from trainkit.markup import plain
 from trainkit.planning.memory import Memory
 from trainkit.planning.planner import Plan
 from trainkit.runs.folder import RunFolder
@@ -73,6 +74,22 @@ def test_measured_memory_stands_beside_the_plan() -> None:
     assert found["goodput"] == 0.25
     on_cpu = summarize(SimpleNamespace(**vars(PLAN) | {"use_gpu": False}), steps(3.0), {"status": "completed"}, None, 1.0, ranks=ranks)  # type: ignore[arg-type]
     assert set(on_cpu["memory"]["measured"][0]) == {"parameters", "optimizer"}, "what a CPU cannot tell is left out"
+
+
+@pytest.mark.parametrize(
+    ("wall_seconds", "worked_seconds", "words"),
+    [
+        (60.0, 60.0, "over 1 s of steps; 1 min 00 s in all"),
+        (60.0, 100.0, "over 1 s of steps; 1 min 40 s in all, of which this command took 1 min 00 s"),
+        (60.0, 0.0, "over 1 s of steps; this command took 1 min 00 s, what those before it took is not known"),
+    ],
+)
+def test_the_last_screen_sets_the_steps_of_all_commands_against_the_time_of_all(
+    wall_seconds: float, worked_seconds: float, words: str
+) -> None:
+    found = summarize(PLAN, steps(3.0, 2.0), {"status": "completed"}, None, wall_seconds, worked_seconds=worked_seconds)
+    (speed,) = [line for line in plain(screen._numbers(found, use_gpu=True), width=200).splitlines() if line.startswith("speed")]
+    assert speed.rstrip().endswith(words)
 
 
 def test_a_run_that_failed_before_its_first_step_has_all_keys() -> None:

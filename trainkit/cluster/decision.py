@@ -9,11 +9,12 @@ from typing import TypeVar
 
 from trainkit.cluster.hardware import worker_device
 from trainkit.data.files import globbed
-from trainkit.errors import DataError
+from trainkit.errors import DataError, UsageError
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
 from trainkit.planning.planner import Plan, make_plan
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import ZeroConfig, read_zero
+from trainkit.units import format_bytes
 
 Read = TypeVar("Read")
 
@@ -39,8 +40,14 @@ def decide(recipe: Recipe, path: Path | None, gpu_memory_bytes: int | None = Non
     """Plan a recipe that was read from `path`, or made in Python. `gpu_memory_bytes` plans for GPUs that are elsewhere.
 
     What is not here and not reached leaves its facts unknown. Raises DataError for what is here and is wrong, RecipeError for a ZeRO
-    configuration or precision that cannot be, DoesNotFit if the model states exceed the device.
+    configuration or precision that cannot be, DoesNotFit if the model states exceed the device, UsageError for a GPU's memory where
+    none is used.
     """
+    if gpu_memory_bytes is not None and not recipe.scaling.use_gpu:
+        raise UsageError(
+            f"a GPU memory of {format_bytes(gpu_memory_bytes)} is of no use: the recipe trains on the CPU. "
+            "Write scaling.use_gpu: true to plan for GPUs"
+        )
     from trainkit.data.source import count_rows, hub_is_reached
     from trainkit.training.model import model_facts
 

@@ -184,7 +184,11 @@ def _tell_ranks(asked: Launch, distributors: Distributors) -> None:
     with contextlib.suppress(Exception):  # whatever a dying cluster raises: what ended the attempt is told
         ranks = distributors.handed_to("train", _TELL_SECONDS)
         never = {rank: Handed() for rank in range(asked.plan.world_size)}
-        asked.say(f"handed out by the DataDistributor:\n{table(never | ranks)}" if ranks else "the DataDistributor does not answer")
+        asked.say(
+            f"handed out ahead of training by the DataDistributor:\n{table(never | ranks)}"
+            if ranks
+            else "the DataDistributor does not answer"
+        )
 
 
 def _trainer(asked: Launch, distributors: Distributors) -> Any:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
@@ -23,8 +24,10 @@ from trainkit.runs.folder import RunFolder, StepTail
 from trainkit.units import format_count, format_seconds, gib
 
 TRAINING = "training"
-_SMOOTHING = 0.1  # weight of the newest step in tokens/s and ETA
+_SMOOTHED_STEPS = 20  # tokens/s, MFU, data wait and ETA are those of so many last steps, as the smoothed curves of TensorBoard
 _PLAIN_SECONDS = 10.0
+_BAR_WIDTH = 24  # columns, where there is room
+_LEAST_BAR = 4  # below which it says nothing
 _MOST_WIDTH = 160  # of a table in a log
 
 
@@ -47,68 +50,97 @@ class View:
 
     def words(self) -> list[str]:
         """The parts of the line, without the bar."""
-        words = [] if self.what == TRAINING and self.done else [f"{self.what} {format_seconds(int(self.seconds))}"]
+        return [forms[0] for forms in self.forms()]
+
+    def forms(self) -> list[tuple[str, ...]]:
+        """Each part in full, then shorter and shorter, for a narrow terminal."""
+        parts: list[tuple[str, ...]] = []
+        if self.what != TRAINING or not self.done:
+            parts.append((f"{self.what} {format_seconds(int(self.seconds))}",))
         if self.done:
-            words.append(f"{self.unit} {self.done:,}/{self.total:,}")
+            position = f"{self.done:,}/{self.total:,}"
+            parts.append((*(f"{self.unit} {position}",) * 3, position))
         if self.loss is not None:
-            words.append(f"loss {self.loss:.4f}")
+            parts.append((f"loss {self.loss:.4f}", f"loss {self.loss:.4g}"))
         if self.tokens_per_second is not None:
-            words.append(f"{format_count(self.tokens_per_second)} tokens/s")
+            count = format_count(self.tokens_per_second)
+            parts.append((f"{count} tokens/s", f"{count} tok/s", f"{count} tok/s".replace(" M", "M").replace(" B", "B")))
         if self.mfu is not None:
-            words.append(f"MFU {100 * self.mfu:.1f} %")
+            percent = 100 * self.mfu
+            parts.append((f"MFU {percent:.1f} %", f"MFU {percent:.1f}%", f"MFU {percent:.0f}%"))
         if self.peak_gib is not None:
-            words.append(f"peak {self.peak_gib:.2f} GiB")
+            parts.append((f"peak {self.peak_gib:.2f} GiB", f"peak {self.peak_gib:.1f} GiB", f"peak {self.peak_gib:.3g} GiB"))
         if self.data_wait_fraction is not None:
-            words.append(f"data wait {100 * self.data_wait_fraction:.1f} %")
+            wait = f"wait {100 * self.data_wait_fraction:.1f}"
+            parts.append((f"data {wait} %", f"{wait} %", f"{wait}%"))
         if self.eta_seconds is not None and self.done < self.total:
-            words.append(f"ETA {format_seconds(math.ceil(self.eta_seconds))}")
-        return words
+            eta = f"ETA {format_seconds(math.ceil(self.eta_seconds))}"
+            parts.append((eta, eta.replace(" h ", "h").replace(" min ", "m").replace(" s", "s").replace(" min", "")))
+        return parts
+
+
+class SoFar:
+    """What the lines of steps.jsonl say of a run until now.
+
+    Rates are sums over the last steps of this attempt. Its first step also warms caches up, so it counts only while it is alone.
+    """
+
+    def __init__(self, kept: int):
+        """kept: steps of attempts before, whose processes are gone, and their rates with them."""
+        self.kept = kept
+        self.step, self.loss, self.peak_gib, self.world_size = 0, float("nan"), 0.0, 0
+        self.taken = 0  # steps of this attempt
+        self.recent: deque[Mapping[str, Any]] = deque(maxlen=_SMOOTHED_STEPS)
+
+    def take(self, line: Mapping[str, Any]) -> None:
+        """The next line."""
+        self.step, self.loss = int(line["step"]), line["loss"]
+        peaks = line["peak_memory_gib"]
+        before = self.peak_gib if len(peaks) == self.world_size else 0.0  # what other numbers of workers took is no measure of these
+        self.peak_gib, self.world_size = max(before, *peaks), len(peaks)
+        if self.step > self.kept:
+            self.taken += 1
+            if self.taken == 2:
+                self.recent.clear()
+            self.recent.append(line)
+
+    def view(self, what: str, seconds: float, total: int, ranks: Sequence[Mapping[str, float]] = ()) -> View:
+        """Step and loss alone until this attempt has trained a step."""
+        if self.step == 0 or not self.recent:
+            return View(what, seconds, done=self.step, total=total, loss=self.loss if self.step else None)
+        spent, tokens, waited = (sum(line[key] for line in self.recent) for key in ("seconds", "tokens", "data_wait_seconds"))
+        told = [line for line in self.recent if line.get("mfu") is not None]
+        return View(
+            what,
+            seconds,
+            done=self.step,
+            total=total,
+            loss=self.loss,
+            tokens_per_second=tokens / max(spent, 1e-9),
+            mfu=sum(line["mfu"] * line["seconds"] for line in told) / sum(line["seconds"] for line in told) if told else None,
+            peak_gib=self.peak_gib,
+            data_wait_fraction=waited / max(spent, 1e-9),
+            ranks=ranks,
+            eta_seconds=(total - self.step) * spent / len(self.recent),
+        )
 
 
 class Watch:
-    """Looks at a run folder and says where the run stands."""
+    """Looks at a run folder, for the length of one attempt, and says where the run stands."""
 
     def __init__(self, folder: RunFolder, total_steps: int, clock: Callable[[], float] = time.monotonic, by_rank: bool = False):
         self.folder, self.total, self.clock, self.by_rank = folder, total_steps, clock, by_rank
-        self.tail = StepTail(folder)
+        self.tail, self.so_far = StepTail(folder), SoFar(folder.kept_steps())
         self.phase, self.since = "", clock()
-        self.step, self.loss = 0, float("nan")
-        self.tokens = self.seconds = self.waited = 0.0  # of a step, smoothed
-        self.mfu: float | None = None  # smoothed
-        self.peak_gib = 0.0
 
     def look(self) -> View:
         for line in self.tail.new_steps():
-            self._take(line)
+            self.so_far.take(line)
         phase = self.folder.read_phase() or "starting the workers"
         if phase != self.phase:
             self.phase, self.since = phase, self.clock()
-        elapsed = self.clock() - self.since
-        if self.step == 0:
-            return View(phase, elapsed)
-        return View(
-            phase,
-            elapsed,
-            done=self.step,
-            total=self.total,
-            loss=self.loss,
-            tokens_per_second=self.tokens / max(self.seconds, 1e-9),
-            mfu=self.mfu,
-            peak_gib=self.peak_gib,
-            data_wait_fraction=self.waited / max(self.seconds, 1e-9),
-            ranks=self.folder.read_ranks() if self.by_rank else (),
-            eta_seconds=(self.total - self.step) * self.seconds,
-        )
-
-    def _take(self, line: dict[str, Any]) -> None:
-        weight = _SMOOTHING if self.step else 1.0
-        self.step, self.loss = int(line["step"]), line["loss"]
-        self.tokens += weight * (line["tokens"] - self.tokens)
-        self.seconds += weight * (line["seconds"] - self.seconds)
-        self.waited += weight * (line["data_wait_seconds"] - self.waited)
-        self.peak_gib = max(line["peak_memory_gib"])
-        if (mfu := line.get("mfu")) is not None:
-            self.mfu = mfu if self.mfu is None else self.mfu + weight * (mfu - self.mfu)
+        ranks = self.folder.read_ranks() if self.by_rank else ()
+        return self.so_far.view(phase, self.clock() - self.since, self.total, ranks)
 
 
 class Display(Protocol):
@@ -125,7 +157,8 @@ class LiveLine:
         self.live = Live(console=console, refresh_per_second=8, transient=True, redirect_stdout=others_print, redirect_stderr=others_print)
 
     def show(self, view: View) -> None:
-        self.live.update(Group(_line(view), rank_table(view.ranks)) if view.ranks else _line(view))
+        line = _Line(view)
+        self.live.update(Group(line, rank_table(view.ranks)) if view.ranks else line)
 
     def __enter__(self) -> Self:
         self.live.start()
@@ -203,11 +236,32 @@ def rank_table(ranks: Sequence[Mapping[str, float]]) -> Table:
     return table
 
 
-def _line(view: View) -> Table:
-    """Spinner or bar, then the words; a narrow terminal loses the end of the words, never a second line."""
-    line = Table.grid(padding=(0, 1))
-    head = ProgressBar(total=view.total, completed=view.done, width=24) if view.done else Spinner("dots")
-    line.add_column(no_wrap=True)
-    line.add_column(no_wrap=True, overflow="ellipsis")
-    line.add_row(head, "  ".join(view.words()))
-    return line
+@dataclass(frozen=True)
+class _Line:
+    """Bar or spinner, then the words. In a narrow terminal the bar goes first, then words get shorter, then the line loses its end."""
+
+    view: View
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        line, view = Table.grid(padding=(0, 1)), self.view
+        room = options.max_width - len("  ".join(view.words())) - 1
+        heads: list[ProgressBar | Spinner] = [] if view.done else [Spinner("dots")]
+        if view.done and room >= _LEAST_BAR:
+            heads = [ProgressBar(total=view.total, completed=view.done, width=min(_BAR_WIDTH, room))]
+        for _ in heads:
+            line.add_column(no_wrap=True)
+        line.add_column(no_wrap=True, overflow="ellipsis")
+        line.add_row(*heads, _fitting(view.forms(), options.max_width))
+        yield line
+
+
+def _fitting(parts: Sequence[Sequence[str]], width: int) -> str:
+    """The parts in a line, the last ones shortened first and no more than need be."""
+    shown, gap = [forms[0] for forms in parts], "  "
+    for level in range(1, max(map(len, parts))):
+        for place in reversed(range(len(parts))):
+            if len(gap.join(shown)) <= width:
+                return gap.join(shown)
+            shown[place] = parts[place][min(level, len(parts[place]) - 1)]
+        gap = gap if len(gap.join(shown)) <= width else " "
+    return gap.join(shown)

@@ -38,7 +38,7 @@ def _numbers(summary: Mapping[str, Any], use_gpu: bool) -> Table:
     table.add_row("mean training loss", f"{summary['train_loss']:.4f}")
     table.add_row("trained", f"{summary['steps']:,} steps, {summary['samples']:,} samples, {format_count(summary['tokens'])} tokens")
     speed = f"{summary['samples_per_second']:,.1f} samples/s, {format_count(summary['tokens_per_second'])} tokens/s"
-    table.add_row("speed", f"{speed} over {format_seconds(summary['seconds'])} of steps; {format_seconds(summary['wall_seconds'])} in all")
+    table.add_row("speed", f"{speed} over {format_seconds(summary['seconds'])} of steps; {_in_all(summary)}")
     if summary["startup_seconds"]:
         pieces = ", ".join(f"{piece} {seconds:.0f} s" for piece, seconds in summary["startup_seconds"].items())
         table.add_row("start", f"{format_seconds(sum(summary['startup_seconds'].values()))}: {pieces}")
@@ -46,6 +46,16 @@ def _numbers(summary: Mapping[str, Any], use_gpu: bool) -> Table:
     if summary["peak_memory_gib"]:
         table.add_row("peak memory", f"{max(summary['peak_memory_gib']):.2f} GiB {what} on the fullest rank")
     return table
+
+
+def _in_all(summary: Mapping[str, Any]) -> str:
+    """The time around the steps: of all commands on this run, as the steps are, where that is known."""
+    this = summary["wall_seconds"]
+    if summary["goodput"] is None:
+        return f"this command took {format_seconds(this)}, what those before it took is not known"
+    worked = summary["seconds"] / summary["goodput"]
+    alone = worked - this < 1.0
+    return f"{format_seconds(worked)} in all" + ("" if alone else f", of which this command took {format_seconds(this)}")
 
 
 def _time(summary: Mapping[str, Any]) -> str:

@@ -59,6 +59,8 @@ def environment_settings(recipe: Recipe, local: bool) -> dict[str, str]:
         "RAY_TRAIN_METRICS_ENABLED": "0",  # Ray's own dashboards are not started
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # no warning about GPUs that an actor without GPUs could see
     }
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        settings["RAY_COLOR_PREFIX"] = "0"  # Ray colours the prefixes of workers' lines without asking where they go
     if recipe.model.compile is not False:
         settings["TORCHINDUCTOR_CACHE_DIR"] = str(
             Path(recipe.run.storage_path).absolute() / ".cache" / "compiled"

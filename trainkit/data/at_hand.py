@@ -21,13 +21,15 @@ _HASHED_ROWS = 1000  # at a time
 def save_rows(data: Any, cache: Path) -> Path:
     """A save_to_disk folder in `cache`: of one set of rows, which is the split train, or of a mapping of splits to sets.
 
-    A set is a datasets.Dataset, a pandas frame or a list of rows as mappings. Raises DataError for anything else, for rows of
-    different columns and for columns of different types.
+    A set is a datasets.Dataset, a pandas frame or a list of rows as mappings. Raises DataError for anything else, for a set without
+    rows, for rows of different columns and for columns of different types.
     """
     import datasets
 
     datasets.disable_progress_bars()
     if isinstance(data, Mapping):
+        if not data:
+            raise DataError("data: a dict without splits: write for example {'train': rows}")
         splits = {str(name): _dataset(part, f"data[{name!r}]") for name, part in data.items()}
         saved: Any = datasets.DatasetDict(splits)
     else:
@@ -37,12 +39,22 @@ def save_rows(data: Any, cache: Path) -> Path:
     folder = cache / _content(splits)
     if not folder.is_dir():
         beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=cache))
-        saved.save_to_disk(str(beside))
-        _move(beside, folder)
+        try:
+            saved.save_to_disk(str(beside))
+            _move(beside, folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 
 def _dataset(rows: Any, name: str) -> Any:
+    made = _made(rows, name)
+    if not len(made):
+        raise DataError(f"{name}: there are no rows" + ("" if name == "data" else ": leave this split out"))
+    return made
+
+
+def _made(rows: Any, name: str) -> Any:
     import datasets
     import pandas
 
@@ -90,5 +102,3 @@ def _move(beside: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -60,11 +60,11 @@ def lag(split: str, ranks: Mapping[int, Handed]) -> str:
 
 
 def table(ranks: Mapping[int, Handed]) -> str:
-    """A line per rank."""
-    lines = [f"{'rank':>4}  {'last step':>9}  {'samples':>12}  {'samples/s':>11}  {'steps behind':>12}"]
+    """A line per rank. No rate: what is handed out ahead is faster than what is trained, and may never be."""
+    lines = [f"{'rank':>4}  {'to step':>9}  {'samples':>12}  {'steps behind':>12}"]
     for rank, handed in sorted(ranks.items()):
         behind = furthest(ranks) - handed.last_step
-        line = f"{rank:>4}  {handed.last_step:>9,}  {handed.samples:>12,}  {handed.samples_per_second:>11,.1f}  {behind:>12,}"
+        line = f"{rank:>4}  {handed.last_step:>9,}  {handed.samples:>12,}  {behind:>12,}"
         lines.append(line + ("  slowest" if len(ranks) > 1 and rank == slowest(ranks) else ""))
     return "\n".join(lines)
 

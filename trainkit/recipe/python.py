@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from trainkit.errors import Fault
+from trainkit.errors import Fault, UsageError
 from trainkit.recipe.document import Document, KeyPath, Place
+from trainkit.recipe.schema import Recipe
+
+
+def check_kinds(source: Any, changes: Any) -> None:
+    """Raises UsageError for a source or changes of a kind that no recipe is made of."""
+    if not isinstance(source, str | os.PathLike | Mapping | Recipe):
+        raise UsageError(f"recipe: write a file, a mapping of sections or a Recipe, not {_kind(source)}")
+    listed = isinstance(changes, Sequence) and not isinstance(changes, str | bytes) and all(isinstance(change, str) for change in changes)
+    if not listed and not isinstance(changes, Mapping):
+        raise UsageError(
+            f'changes of a recipe: write a mapping such as {{"batch.samples": 64}}, or a list of "key=value", not {_kind(changes)}'
+        )
 
 
 def document_of(values: Mapping[Any, Any], file: str) -> Document:
@@ -27,6 +39,10 @@ def put_changes(document: Document, changes: Mapping[Any, Any], file: str) -> No
             document.faults.append(Fault(file, None, str(key), 'write a key as "section.key"'))
         else:
             document.put(path, _plain(value, path, document), Place(file, override=True))
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 def _plain(value: Any, path: KeyPath, document: Document) -> Any:

@@ -20,7 +20,7 @@ from trainkit.errors import Fault, RecipeError
 from trainkit.recipe.checks import check_recipe
 from trainkit.recipe.document import Document, Place, note_key
 from trainkit.recipe.paths import resolve_paths
-from trainkit.recipe.python import document_of, put_changes
+from trainkit.recipe.python import check_kinds, document_of, put_changes
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import check_zero, contradictions_with
 
@@ -57,8 +57,10 @@ def read_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     source: also a mapping of sections as in the file, whose name is "recipe" unless it says another, or a recipe that was read before.
     overrides: also a mapping of dotted keys to values.
     Paths that exist become absolute: relative to the recipe's folder, then to the working directory (for overrides the other way round);
-    others stay as written. Raises RecipeError with every fault of the recipe, of the overrides and of the ZeRO configuration.
+    others stay as written. Raises RecipeError with every fault of the recipe, of the overrides and of the ZeRO configuration, UsageError
+    where source or overrides are of another kind.
     """
+    check_kinds(source, overrides)
     document, path, folder = _document_of(source)
     if document.faults and not document.values:
         raise RecipeError(faults=tuple(document.faults))

@@ -137,10 +137,18 @@ class RunFolder:
         return whole_lines(self.steps_path)
 
     def keep_steps(self, done: int) -> None:
-        """Take out the steps after `done`, which an earlier attempt took and no checkpoint has kept."""
+        """Take out the steps after `done`, which an earlier attempt took and no checkpoint has kept. What follows is a new attempt's."""
+        write_whole(self.ray / "kept", str(done), durable=False)
         if self.steps_path.exists():
             kept = [json.dumps(step) + "\n" for step in self.read_steps() if step["step"] <= done]
             write_whole(self.steps_path, "".join(kept))
+
+    def kept_steps(self) -> int:
+        """How many steps the newest attempt began with."""
+        try:
+            return int((self.ray / "kept").read_text("utf-8") or 0)
+        except FileNotFoundError:  # not begun, or by an earlier version
+            return 0
 
     # -- what driver and workers tell each other -------------------------------------------------------------------------------------
 

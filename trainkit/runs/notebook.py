@@ -120,14 +120,20 @@ def train(
     wish = _wish(recipe, data, runs)
     opening = opened(wish, path, name, resume, cluster_address(address), lambda plan: None)
     folder = opening.folder()
-    if opening.before is None:
-        folder.write_recipe(recipe_to_yaml(wish))
-    else:
-        folder.lock("driver").release()  # another command that works on it is told here
-        (folder.ray / "phase").unlink(missing_ok=True)  # of its end before
-    asked = folder.ray / "asked.yaml"
-    write_whole(asked, recipe_to_yaml(wish))
-    return StartedRun(folder, Child(folder, asked, address), opening.decision.plan)
+    starting = folder.lock("starting")  # another command that works on it is told here, and below once it has begun
+    try:
+        if opening.before is None:
+            folder.write_recipe(recipe_to_yaml(wish))
+        else:
+            folder.lock("driver").release()
+            (folder.ray / "phase").unlink(missing_ok=True)  # of its end before
+        asked = folder.ray / "asked.yaml"
+        write_whole(asked, recipe_to_yaml(wish))
+        child = Child(folder, asked, address, starting)
+    except BaseException:
+        starting.release()
+        raise
+    return StartedRun(folder, child, opening.decision.plan)
 
 
 def open_run(path: str | Path) -> Run:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
-from trainkit.cluster.progress import PlainLines, View
+from trainkit.cluster.progress import PlainLines, SoFar, View
 from trainkit.errors import UsageError
+from trainkit.runs.compare import read_steps
 from trainkit.runs.picture import PIXELS_PER_INCH, Picture
 
 if TYPE_CHECKING:
@@ -118,13 +119,12 @@ class Lines:
         print(f"{run.name}: stopped watching, the run goes on" if stopped else run)
 
     def _view(self, run: Run) -> View:
-        steps, plan, phase = run.steps, run.plan, run.folder.read_phase() or "starting"
-        if steps.empty or plan is None:
-            return View(phase, time.monotonic() - self.began)
-        seconds, tokens = (steps[name].tail(10).mean() for name in ("seconds", "tokens"))
-        done = int(steps.index[-1])
-        return View(phase, time.monotonic() - self.began, done=done, total=plan.total_steps, loss=float(steps["loss"].iloc[-1]),
-                    tokens_per_second=tokens / seconds, eta_seconds=(plan.total_steps - done) * seconds)  # fmt: skip
+        """Damaged lines are told by `run.steps`, out of which the last words are."""
+        steps, plan, phase = read_steps(run.folder.steps_path)[0], run.plan, run.folder.read_phase()
+        so_far = SoFar(run.folder.kept_steps() if phase else sys.maxsize)  # without a phase no attempt of this command has begun
+        for line in steps if plan is not None else ():
+            so_far.take(line)
+        return so_far.view(phase or "starting", time.monotonic() - self.began, 0 if plan is None else plan.total_steps)
 
 
 def _shown(before: Any, content: Any) -> Any:

@@ -166,9 +166,10 @@ def _check_finite(record: StepRecord, plan: Plan) -> None:
         what = f"the gradient norm over all ranks is {record.grad_norm}"
     else:
         return
+    advice = "or lower optimizer.lr" if plan.precision == "fp32" else "lower optimizer.lr, or use model.precision: fp32"
     raise NonFiniteError(
         f"step {record.step}: {what} (loss {record.loss}, gradient norm {record.grad_norm}, learning rate {record.lr:.3g}). "
-        "Look at the rows of this step, lower optimizer.lr, or use model.precision: fp32.",
+        f"Look at the rows of this step, {advice}.",
         step=record.step, rank=ranks[0] if ranks else None, what=what,
     )  # fmt: skip
 
