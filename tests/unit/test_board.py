@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +56,9 @@ def write(folder: Path, steps: range, use_gpu: bool = True, done: int = 0, **cha
 
 
 class Server:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, load_fast: str):
         board = program.TensorBoard()
-        board.configure(logdir=str(folder), port=0, load_fast="false")
+        board.configure(logdir=str(folder), port=0, load_fast=load_fast)
         self.url = board.launch()
 
     def get(self, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -65,13 +68,39 @@ class Server:
             return json.load(answer)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    def points(self, run: str, tag: str) -> list[list[Any]]:
+        """[seconds since 1970, step, value] of each; raises HTTPError for a curve that is not there."""
+        return self.get(f"scalars/scalars?run={run}%2Ftensorboard&tag={tag.replace('/', '%2F')}")
+
+    def wait_for(self, last_steps: Mapping[str, int]) -> None:
+        """Until what each run wrote last is loaded, which goes on in the background."""
+        deadline = time.monotonic() + 30
+        for run, step in last_steps.items():
+            while self.last_step(run) != step:
+                assert time.monotonic() < deadline, f"{run} is not loaded"
+                time.sleep(0.1)
+
+    def last_step(self, run: str) -> int | None:
+        try:
+            return self.points(run, "time/checkpoint_stall_seconds")[-1][1]
+        except urllib.error.HTTPError:
+            return None
+
+
+without_fast_loader = pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard_data_server") is None, reason="tensorboard-data-server is not installed: no fast loader"
+)
+
+
+@pytest.fixture(scope="module", params=["false", pytest.param("true", marks=without_fast_loader)], ids=["slow-loader", "fast-loader"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     runs = tmp_path_factory.mktemp("runs")
     write(runs / "gpu" / "tensorboard", range(1, 6))
     write(runs / "gpu" / "tensorboard", range(4, 9), done=3)  # resumed after step 3
     write(runs / "cpu" / "tensorboard", range(1, 3), use_gpu=False, mfu=None, loss=math.nan)
-    yield Server(runs)
+    server = Server(runs, load_fast=request.param)
+    server.wait_for({"gpu": 8, "cpu": 2})
+    yield server
 
 
 def test_the_contract_is_served_and_every_curve_says_what_it_is(served: Server) -> None:
@@ -85,19 +114,19 @@ def test_the_contract_is_served_and_every_curve_says_what_it_is(served: Server) 
 
 
 def test_a_resumed_run_has_each_step_once(served: Server) -> None:
-    points = served.get("scalars/scalars?run=gpu%2Ftensorboard&tag=train%2Floss")
+    points = served.points("gpu", "train/loss")
     assert [step for _, step, _ in points] == list(range(1, 9))
     assert [value for _, _, value in points] == pytest.approx([1 / step for step in range(1, 9)])
 
 
 def test_a_nan_is_shown_as_a_nan(served: Server) -> None:
-    points = served.get("scalars/scalars?run=cpu%2Ftensorboard&tag=train%2Floss")
+    points = served.points("cpu", "train/loss")
     assert [value for _, _, value in points] == ["NaN", "NaN"]
 
 
 def test_values_are_those_of_the_record(served: Server) -> None:
     def last(tag: str) -> float:
-        return served.get(f"scalars/scalars?run=gpu%2Ftensorboard&tag={tag.replace('/', '%2F')}")[-1][2]
+        return served.points("gpu", tag)[-1][2]
 
     assert last("memory/peak_allocated_gib/rank_1") == 4.0 and last("memory/planned_peak_gib") == 5.0
     assert last("throughput/tokens_per_second") == last("throughput/tokens_per_second_smoothed") == 240.0

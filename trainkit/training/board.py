@@ -114,7 +114,7 @@ class TensorBoard:
 
     def _add(self, step: int, points: Mapping[str, tuple[float, str]]) -> None:
         """(value, description) by tag, in one event. A curve's first point brings its description, which SummaryWriter has no word for."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary
         from tensorboard.plugins.scalar.metadata import create_summary_metadata
 
         values = [Summary.Value(tag=tag, simple_value=value) for tag, (value, _) in points.items()]
@@ -122,6 +122,7 @@ class TensorBoard:
             if point.tag not in self.described:
                 self.described.add(point.tag)
                 point.metadata.CopyFrom(create_summary_metadata(display_name="", description=points[point.tag][1]))
+                point.metadata.data_class = DATA_CLASS_SCALAR  # without it TensorBoard's fast loader writes metadata of its own
         self._files.add_summary(Summary(value=values), step)
 
 
