@@ -26,7 +26,7 @@ CONTRACT = {
     *("throughput/samples_per_second", "throughput/tokens_per_second", "throughput/mfu"),
     *(f"memory/{name}_gib/rank_{rank}" for rank in (0, 1) for name in ("peak_allocated", "peak_reserved")),
 }
-STORY = {"hyperparameters": {"zero": "zero3", "optimizer.lr": 0.1, "workers": 2}, "texts": {"plan": "```text\n2 workers\n```"}}
+TEXTS = {"plan": "```text\n2 workers\n```"}
 
 
 def numbers(**changed: Any) -> RankNumbers:
@@ -43,8 +43,11 @@ def record(step: int, **changed: Any) -> StepRecord:
     } | changed)  # fmt: skip
 
 
-def write(folder: Path, steps: range, use_gpu: bool = True, done: int = 0, **changed: Any) -> None:
-    story = Story(use_gpu=use_gpu, done=done, expected_peak_bytes=5 * GIB, worked_seconds=lambda: 10.0, **STORY)
+def write(folder: Path, steps: range, use_gpu: bool = True, done: int = 0, workers: int = 2, **changed: Any) -> None:
+    hyperparameters = {"zero": "zero3", "optimizer.lr": 0.1, "workers": workers}
+    story = Story(
+        use_gpu=use_gpu, done=done, hyperparameters=hyperparameters, texts=TEXTS, expected_peak_bytes=5 * GIB, worked_seconds=lambda: 10.0
+    )
     board = TensorBoard(folder, story)
     for step in steps:
         board.step(record(step, **changed))
@@ -96,7 +99,7 @@ without_fast_loader = pytest.mark.skipif(
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     runs = tmp_path_factory.mktemp("runs")
     write(runs / "gpu" / "tensorboard", range(1, 6))
-    write(runs / "gpu" / "tensorboard", range(4, 9), done=3)  # resumed after step 3
+    write(runs / "gpu" / "tensorboard", range(4, 9), done=3, workers=1)  # resumed after step 3
     write(runs / "cpu" / "tensorboard", range(1, 3), use_gpu=False, mfu=None, loss=math.nan)
     server = Server(runs, load_fast=request.param)
     server.wait_for({"gpu": 8, "cpu": 2})
@@ -149,6 +152,12 @@ def test_runs_compare_by_their_hyperparameters(served: Server) -> None:
     assert {"zero", "optimizer.lr", "workers"} <= {info["name"] for info in experiment["hparamInfos"]}
     metrics = {info["name"]["tag"] for info in experiment["metricInfos"]}
     assert {"train/loss", "eval/loss", "throughput/tokens_per_second_smoothed"} <= metrics
+
+
+def test_hyperparameters_are_those_that_a_run_went_on_with(served: Server) -> None:
+    asked = {"experimentName": "", "allowedStatuses": ["STATUS_SUCCESS"], "colParams": [{"hparam": "workers"}], "sliceSize": 10}
+    groups = served.get("hparams/session_groups", asked)["sessionGroups"]
+    assert {group["name"]: group["hparams"]["workers"] for group in groups} == {"gpu/tensorboard": 1, "cpu/tensorboard": 2}
 
 
 def test_the_plan_and_predictions_are_readable(served: Server) -> None:

@@ -5,6 +5,7 @@ The other ranks have a silent board.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from trainkit.training.meters import StepRecord
 from trainkit.units import gib
 
 _SMOOTHED_STEPS = 20
+_HYPERPARAMETERS = "events.out.tfevents.0.hparams"  # sorts before the files of all writers, which TensorBoard reads one after another
 
 
 class Board(Protocol):
@@ -61,6 +63,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # Each writer says where it starts: TensorBoard takes the first start in a folder for the beginning, and hides points at later ones.
+        experiment, start, self.end = _hyperparameters(story)
+        _replace_events(folder / _HYPERPARAMETERS, [experiment, start])
         self.writer = SummaryWriter(str(folder), flush_secs=10, purge_step=story.done + 1)
         self.story, self.kept_seconds = story, story.kept_seconds
         self.described: set[str] = set()
@@ -68,9 +72,6 @@ class TensorBoard:
         self.writer.add_custom_scalars(tags.page(story.use_gpu))
         for tag, text in story.texts.items():
             self.writer.add_text(tag, text, story.done)
-        experiment, start, self.end = _hyperparameters(story)
-        for summary in (experiment, start):
-            self._files.add_summary(summary, story.done)
 
     def step(self, record: StepRecord) -> None:
         self.recent.append(record)
@@ -158,6 +159,23 @@ def _hyperparameters(story: Story) -> tuple[Any, Any, Any]:
     compared = ["train/loss", "eval/loss", *(f"eval/{name}" for name in story.metrics)]
     compared += ["throughput/samples_per_second_smoothed", "throughput/tokens_per_second_smoothed", "throughput/mfu", peak]
     return hparams(dict(story.hyperparameters), dict.fromkeys(compared, 0.0))
+
+
+def _replace_events(path: Path, summaries: Sequence[Any]) -> None:
+    """Write an event file as a whole. TensorBoard keeps the first summary of a tag in a folder: of hyperparameters, that of the first
+    attempt, whatever layout the later ones have."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    now = time.time()
+    events = [Event(wall_time=now, file_version="brain.Event:2"), *(Event(wall_time=now, summary=summary) for summary in summaries)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(".hparams")
+    with unfinished.open("wb") as file:
+        writer = RecordWriter(file)
+        for event in events:
+            writer.write(event.SerializeToString())
+    unfinished.replace(path)
 
 
 def _cell(text: str) -> str:
