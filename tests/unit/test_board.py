@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from tensorboard import program
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from trainkit.training import tags
-from trainkit.training.board import Story, TensorBoard
+from trainkit.training.board import Story, TensorBoard, _hyperparameters
 from trainkit.training.meters import StepRecord
 from trainkit.training.rank_meters import RankNumbers
 from trainkit.units import GIB
@@ -152,6 +153,15 @@ def test_runs_compare_by_their_hyperparameters(served: Server) -> None:
     assert {"zero", "optimizer.lr", "workers"} <= {info["name"] for info in experiment["hparamInfos"]}
     metrics = {info["name"]["tag"] for info in experiment["metricInfos"]}
     assert {"train/loss", "eval/loss", "throughput/tokens_per_second_smoothed"} <= metrics
+
+
+def test_a_metric_that_a_run_cannot_have_is_not_compared() -> None:
+    def compared(story: Story) -> set[str]:
+        experiment = _hyperparameters(story)[0].value[0].metadata.plugin_data.content
+        return {info.name.tag for info in HParamsPluginData.FromString(experiment).experiment.metric_infos}
+
+    assert "throughput/mfu" not in compared(Story(use_gpu=False))
+    assert compared(Story(use_gpu=True, has_mfu=True, metrics=["f1"])) >= {"throughput/mfu", "eval/f1", "final/f1", "final/loss"}
 
 
 def test_hyperparameters_are_those_that_a_run_went_on_with(served: Server) -> None:

@@ -199,6 +199,7 @@ class Worker:
             done=self.step,
             hyperparameters=hyperparameters(recipe, plan),
             metrics=recipe.train.metrics,
+            has_mfu=plan.flops is not None and plan.peak_flops is not None,
             texts={"plan": f"```text\n{plain(plan_text(plan), width=110)}\n```", "recipe": f"```yaml\n{recipe_to_yaml(recipe)}```"},
             expected_peak_bytes=plan.expected_peak_bytes,
             kept_seconds=kept,
@@ -206,12 +207,11 @@ class Worker:
         )
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
-        """The loss over the whole evaluation set, and the metrics. At the end metrics come from model/, unless they choose the best."""
+        """The loss over the whole evaluation set, and the metrics. At the end metrics come from model/ if it will hold these weights."""
         self.phase(_EVALUATING)
         began = time.monotonic()
         values = evaluate_loss(engine, self.feeds["eval"], self.job.eval_steps)
-        decides = self.recipe.train.metric_for_best_model not in (None, "loss") or not self.loads_whole
-        if self.recipe.train.metrics and (decides or step < self.plan.total_steps):
+        if self.recipe.train.metrics and not (step == self.plan.total_steps and self.model_is_last):
             measured, self.examples[step] = self.metrics(engine.model, self.device, in_step=self.plan.zero_stage == 3)
             values |= measured
         self.board.evaluation(step, values, time.monotonic() - began)
@@ -290,7 +290,10 @@ class Worker:
         return self.feeds["eval" if self.job.eval_steps else "train"].micro_batches(1).micro_batches[0]
 
     def finish(self, engine: Engine, outcome: loop.Outcome) -> list[dict[str, str]]:
-        """Export model/, then measure what the user gets: the metrics come from model/ where a worker may hold it whole."""
+        """Export model/, then measure what the user gets: the metrics come from model/ where a worker may hold it whole.
+
+        The curves of the evaluations get them only where the evaluation of that step left them to here: each step has one point.
+        """
         self.phase("exporting the model")
         target, step = self.folder.path / "model", outcome.steps
         if self.recipe.train.load_best_model_at_end and outcome.best_step is not None:
@@ -300,14 +303,17 @@ class Worker:
             outcome.evaluation = outcome.best_evaluation
         else:
             self.export(engine, target)
-        if not self.loads_whole or not self.job.eval_steps or not self.recipe.train.metrics:
-            return self.examples.get(step, [])
-        self.phase("measuring model/")
-        dist.barrier()  # rank 0 may still be moving it
-        values, examples = self.measure(engine, target)
-        outcome.evaluation = {**(outcome.evaluation or {}), **values}
-        self.board.evaluation(step, values)
-        self.board.predictions(step, examples)
+        evaluated, examples = outcome.evaluation or {}, self.examples.get(step, [])
+        if self.loads_whole and self.job.eval_steps and self.recipe.train.metrics:
+            self.phase("measuring model/")
+            dist.barrier()  # rank 0 may still be moving it
+            measured, examples = self.measure(engine, target)
+            if not evaluated.keys() >= measured.keys():
+                self.board.evaluation(step, measured)
+                self.board.predictions(step, examples)
+            outcome.evaluation = evaluated | measured
+        if outcome.evaluation is not None:
+            self.board.final(step, {name: value for name, value in outcome.evaluation.items() if name != "step"})
         return examples
 
     def wait_for_copies(self) -> None:
@@ -318,6 +324,12 @@ class Worker:
             dist.broadcast_object_list(ended, device=self.device)
             if not ended[0]:
                 self.phase("copying the last checkpoint")
+
+    @property
+    def model_is_last(self) -> bool:
+        """Whether model/ is measured, and is known to hold the last step's weights before those are measured: once is enough then."""
+        train = self.recipe.train
+        return self.loads_whole and not train.load_best_model_at_end and train.metric_for_best_model in (None, "loss")
 
     @property
     def loads_whole(self) -> bool:

@@ -25,6 +25,7 @@ _HYPERPARAMETERS = "events.out.tfevents.0.hparams"  # sorts before the files of 
 class Board(Protocol):
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, step: int, values: Mapping[str, float], seconds: float | None = None) -> None: ...
+    def final(self, step: int, values: Mapping[str, float]) -> None: ...
     def checkpoint(self, step: int, stall_seconds: float) -> None: ...
     def predictions(self, step: int, examples: Sequence[Mapping[str, str]]) -> None: ...
     def completed(self) -> None: ...
@@ -36,6 +37,7 @@ class SilentBoard:
 
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, step: int, values: Mapping[str, float], seconds: float | None = None) -> None: ...
+    def final(self, step: int, values: Mapping[str, float]) -> None: ...
     def checkpoint(self, step: int, stall_seconds: float) -> None: ...
     def predictions(self, step: int, examples: Sequence[Mapping[str, str]]) -> None: ...
     def completed(self) -> None: ...
@@ -50,6 +52,7 @@ class Story:
     done: int = 0  # steps that stay when a run is resumed; later points are hidden
     hyperparameters: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     metrics: Sequence[str] = ()  # tags of the evaluation, beside the loss
+    has_mfu: bool = False  # the model's FLOPs and the device's peak are known
     texts: Mapping[str, str] = field(default_factory=dict)  # markdown by tag
     expected_peak_bytes: int | None = None
     kept_seconds: float = 0.0  # of the steps that are done
@@ -92,6 +95,12 @@ class TensorBoard:
         known, text = tags.OTHER_TAGS, "{} over the evaluation rows."
         points = {f"eval/{name}": (value, known.get(f"eval/{name}", text.format(name))) for name, value in values.items()}
         self._add(step, points | _described({} if seconds is None else {"time/evaluation_seconds": seconds}))
+
+    def final(self, step: int, values: Mapping[str, float]) -> None:
+        """Of the weights in model/, which those of `step` are."""
+        text = "{} of model/ over the evaluation rows, at the step whose weights it holds."
+        known = {"loss": "Cross-entropy in nats per label token"}
+        self._add(step, {f"final/{name}": (value, text.format(known.get(name, name))) for name, value in values.items()})
 
     def checkpoint(self, step: int, stall_seconds: float) -> None:
         self._add(step, _described({"time/checkpoint_stall_seconds": stall_seconds}))
@@ -156,8 +165,9 @@ def _hyperparameters(story: Story) -> tuple[Any, Any, Any]:
     from torch.utils.tensorboard.summary import hparams
 
     peak = "memory/peak_allocated_gib/rank_0" if story.use_gpu else "memory/peak_rss_gib/rank_0"
-    compared = ["train/loss", "eval/loss", *(f"eval/{name}" for name in story.metrics)]
-    compared += ["throughput/samples_per_second_smoothed", "throughput/tokens_per_second_smoothed", "throughput/mfu", peak]
+    compared = ["train/loss", *(f"{stage}/{name}" for stage in ("eval", "final") for name in ("loss", *story.metrics))]
+    compared += ["throughput/samples_per_second_smoothed", "throughput/tokens_per_second_smoothed"]
+    compared += ["throughput/mfu", peak] if story.has_mfu else [peak]
     return hparams(dict(story.hyperparameters), dict.fromkeys(compared, 0.0))
 
 
