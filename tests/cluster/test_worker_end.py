@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,13 +13,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trainkit.cluster import worker as worker_module
 from trainkit.cluster.worker import Worker
-from trainkit.runs.folder import RunFolder
-from trainkit.training.board import Story, TensorBoard
+from trainkit.runs.folder import RunFolder, StepLog
+from trainkit.training.board import SilentBoard, Story, TensorBoard
 from trainkit.training.loop import Outcome
+from trainkit.training.meters import StepRecord
+from trainkit.training.rank_meters import RankNumbers
 
 EVERY = 2  # steps between two evaluations
 ENGINE: Any = SimpleNamespace(model=None)
 METRIC = {2: 0.2, 4: 0.9, 6: 0.6}  # of each step's weights
+
+NUMBERS = dict.fromkeys(RankNumbers.__dataclass_fields__, 0)
+RECORD: dict[str, Any] = dict.fromkeys(StepRecord.__dataclass_fields__, 0) | {"seconds": 1.0, "piece_seconds": {}, "skipped_ranks": ()}
 
 
 class Ended(Worker):
@@ -83,3 +89,23 @@ def test_each_evaluation_has_one_point_and_the_model_a_tag_of_its_own(
     assert worker.outcome.evaluation == {"step": final_step, "loss": 1.5, "exact_match": METRIC[final_step]} and examples
     shown = [event.step for event in events.Tensors("predictions/text_summary")]
     assert shown == [step for step in METRIC if step <= last]
+
+
+class Reporting(Worker):
+    """Rank 0 that has reported `steps` steps at once, far faster than one write a second."""
+
+    def __init__(self, path: Path, steps: int):
+        for name in ("saver", "copier", "lock", "profiler", "heart"):
+            setattr(self, name, MagicMock())
+        self.feeds, self.order, self.ranks_told, self.untold = {}, "", 0.0, None
+        self.board, self.folder, self.log = SilentBoard(), RunFolder(path), StepLog(RunFolder(path))
+        for step in range(1, steps + 1):
+            self.report(StepRecord(**RECORD | {"step": step, "ranks": (RankNumbers(**NUMBERS | {"peak_bytes": step}),)}))
+
+
+def test_what_ranks_measured_last_is_kept_when_a_run_ends_or_fails(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "it")
+    worker = Reporting(folder.path, steps=5)
+    assert folder.read_ranks()[0]["peak_bytes"] == 1, "one write a second"
+    worker.close()
+    assert folder.read_ranks()[0]["peak_bytes"] == 5

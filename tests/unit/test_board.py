@@ -71,7 +71,6 @@ class Server:
         with urllib.request.urlopen(asked, timeout=20) as answer:
             return json.load(answer)
 
-
     def points(self, run: str, tag: str) -> list[list[Any]]:
         """[seconds since 1970, step, value] of each; raises HTTPError for a curve that is not there."""
         return self.get(f"scalars/scalars?run={run}%2Ftensorboard&tag={tag.replace('/', '%2F')}")

@@ -114,7 +114,7 @@ class _Run:
     def _attempt(self, prepared: Any, checkpoint: Checkpoint | None) -> dict[str, Any]:
         done = self.done = 0 if checkpoint is None else checkpoint.step
         self._check_data(prepared, checkpoint)
-        attempt, self.oom_kills = self.folder.begin_attempt(), hardware.oom_kills()
+        attempt, self.oom_kills = self.folder.begin_attempt(done < self.plan.total_steps), hardware.oom_kills()
         self.folder.keep_steps(done)
         if done or attempt > 1 or self.failures:
             self._say(f"going on from step {done}" if done else "no checkpoint yet: beginning again", "dim")

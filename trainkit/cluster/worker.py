@@ -121,6 +121,7 @@ class Worker:
         trace = self.folder.path / "profile" / f"rank-{self.rank}.json.gz"
         self.profiler = NoProfiler() if window is None else Profiler(window, trace, self.device)
         self.ranks_told = 0.0
+        self.untold: StepRecord | None = None  # of rank 0: what the ranks measured since then
         url = job.recipe.run.copy_checkpoints_to
         self.copier = Copier(self.folder, url) if url is not None and self.rank == 0 else NoCopier()
         if job.checkpoint is not None:
@@ -155,6 +156,7 @@ class Worker:
             ends=self.ends,
         )
         outcome = loop.train(engine, self.feeds["train"], self.plan, self.recipe, around, self.begin)
+        self.tell_ranks()
         self.saver.wait()
         examples = self.finish(engine, outcome) if outcome.status == "completed" else []
         self.wait_for_copies()
@@ -186,9 +188,16 @@ class Worker:
         self.board.step(record)
         if self.log is not None:
             self.log.append(as_json(record, self.order))
-            if time.monotonic() - self.ranks_told > _RANKS_SECONDS or record.step == self.plan.total_steps or record.stop:
-                self.ranks_told = time.monotonic()
-                self.folder.write_ranks([asdict(rank) for rank in record.ranks])
+            self.untold = record
+            if time.monotonic() - self.ranks_told > _RANKS_SECONDS:
+                self.tell_ranks()
+
+    def tell_ranks(self) -> None:
+        """What each rank measured in the newest step, for those who watch and for the summary."""
+        record, self.untold = self.untold, None
+        if record is not None:
+            self.ranks_told = time.monotonic()
+            self.folder.write_ranks([asdict(rank) for rank in record.ranks])
 
     def story(self) -> Story:
         """What TensorBoard says of this run beside its curves."""
@@ -368,6 +377,8 @@ class Worker:
             feed.close()
         if self.log is not None:
             self.log.close()
+        with contextlib.suppress(OSError):  # what ended the training is told, and the summary has a table that is a second old
+            self.tell_ranks()
         if self.lock is not None:
             self.lock.release()
         self.board.close()
