@@ -23,6 +23,7 @@ from trainkit.cluster.faults import decide as decide_what_to_do
 from trainkit.cluster.launch import Launch, launch
 from trainkit.cluster.opening import opened
 from trainkit.cluster.progress import View, counter, display
+from trainkit.cluster.resume import untraced
 from trainkit.cluster.session import cluster_address, environment, environment_settings, ray_session
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
@@ -118,6 +119,8 @@ class _Run:
         self.folder.keep_steps(done)
         if done or attempt > 1 or self.failures:
             self._say(f"going on from step {done}" if done else "no checkpoint yet: beginning again", "dim")
+        if (note := untraced(self.recipe.train.profile, done)) is not None:
+            self._say(note, "yellow")
         asked = Launch(
             recipe=self.recipe,
             plan=self.plan,
