@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import peft
 import pytest
 import torch
 import transformers
+from tiny_tokenizers import recipe_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainkit.planning.facts import Matrices, ModelFacts
+from trainkit.planning.facts import DataFacts, Hardware, Matrices, ModelFacts
 from trainkit.planning.flops import TrainingFlops, Work, mfu, peak_flops, training_flops
-from trainkit.training.model import _decoder_layers, _matrices
+from trainkit.planning.planner import make_plan
+from trainkit.recipe.zero import read_zero
+from trainkit.training.model import _decoder_layers, _matrices, model_facts
 
 SMALL = {
     "t5": transformers.T5Config(
@@ -49,8 +55,12 @@ def facts_of(model: torch.nn.Module, matrices: Matrices | None) -> ModelFacts:
     return ModelFacts(config.model_type, (), 0, config.hidden_size, layers, config.vocab_size, "eager", matrices)
 
 
+def task_of(model: torch.nn.Module) -> str:
+    return "seq2seq" if model.config.is_encoder_decoder else "causal"
+
+
 def planned(model: torch.nn.Module) -> TrainingFlops:
-    flops = training_flops(facts_of(model, _matrices(model, model.config)))
+    flops = training_flops(facts_of(model, _matrices(model, model.config, task_of(model))))
     assert flops is not None
     return flops
 
@@ -100,10 +110,40 @@ def test_experts_and_strange_layers_have_no_count() -> None:
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=40,
         num_local_experts=4,
     )  # fmt: skip
-    assert _matrices(transformers.AutoModelForCausalLM.from_config(experts), experts) is None
+    assert _matrices(transformers.AutoModelForCausalLM.from_config(experts), experts, "causal") is None
     model = model_of("llama")
     model.strange = torch.nn.Parameter(torch.zeros(64, 64))
-    assert _matrices(model, model.config) is None
+    assert _matrices(model, model.config, task_of(model)) is None
+
+
+SMALL_BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
+MISLEADING = {
+    "shared layers": transformers.AlbertConfig(embedding_size=16, **SMALL_BERT),
+    "disentangled attention": transformers.DebertaV2Config(**SMALL_BERT),
+    "no attention": transformers.MambaConfig(hidden_size=256, num_hidden_layers=2, vocab_size=400, state_size=2),
+    "a decoder that reads the source again": SMALL["bart"],
+}
+
+
+@pytest.mark.parametrize("why", MISLEADING)
+def test_a_count_that_would_mislead_is_left_out_and_the_rest_is_planned(why: str, tmp_path: Path) -> None:
+    MISLEADING[why].save_pretrained(tmp_path)
+    task = "causal" if why == "no attention" else "classification"
+    recipe = recipe_of(task, tmp_path, tmp_path, path="x")
+    plan = make_plan(recipe, read_zero(recipe.zero), model_facts(recipe), DataFacts(100, None), Hardware("cuda", "NVIDIA H200", 140 << 30))
+    assert plan.flops is None and plan.peak_flops == 989.4e12
+    assert plan.memory is not None and plan.memory.device_total > 0 and plan.total_steps == 50
+
+
+def test_a_module_that_peft_trains_a_copy_of_counts_once() -> None:
+    model, settings = model_of("llama"), {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
+    alone = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    before = _matrices(alone.get_base_model(), model.config, "causal")
+    model = model_of("llama")
+    copied = peft.get_peft_model(model, peft.LoraConfig(**settings, modules_to_save=["lm_head"]))
+    after = _matrices(copied.get_base_model(), model.config, "causal")
+    assert before is not None and after is not None
+    assert after.source == before.source and after.source_trained == before.source_trained + 16 * 40
 
 
 def test_a_peak_is_named_only_where_it_is_one() -> None:

@@ -171,6 +171,14 @@ def test_the_earliest_error_comes_first(folder: RunFolder) -> None:
     assert folder.traceback_path(1).read_text() == "Traceback ..."
 
 
+def test_an_attempt_without_steps_keeps_what_ranks_measured_before(folder: RunFolder) -> None:
+    folder.write_ranks([{"peak_bytes": 3}])
+    folder.begin_attempt(steps_left=False)
+    assert folder.read_ranks() == [{"peak_bytes": 3}]
+    folder.begin_attempt()
+    assert folder.read_ranks() == []
+
+
 def test_an_attempt_begins_without_what_the_one_before_left_for_the_driver(folder: RunFolder) -> None:
     folder.steps_path.write_text('{"step": 1}\n')
     folder.write_error(1, 7, UsageError("the cause"), "Traceback ...")

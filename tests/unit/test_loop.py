@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from trainkit.data.order import set_hash
 from trainkit.errors import NonFiniteError
 from trainkit.planning.flops import TrainingFlops, Work
 from trainkit.training.loop import Outcome, Surroundings, forward_and_backward, learning_rate, train
-from trainkit.training.meters import StepRecord
+from trainkit.training.meters import StepLedger, StepRecord
 from trainkit.training.states import Held
 
 
@@ -255,3 +257,13 @@ def test_a_run_that_stopped_early_stays_so() -> None:
     records: list[StepRecord] = []
     outcome, _ = run(Engine(), records, steps=9, evaluations=[{"loss": 9.0}] * 9, begin=stopped, **keys)
     assert outcome.stopped_early and records == []
+
+
+def test_the_thread_that_reads_the_numbers_works_on_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: chosen.append((threading.current_thread().name, device)))
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        ledger = StepLedger(device, SimpleNamespace(), MagicMock(), print)  # type: ignore[arg-type]
+        ledger.reader.submit(lambda: None).result()
+        ledger.close()
+    assert [(name.split("_")[0], device) for name, device in chosen] == [("meters", torch.device("cuda", 1))]

@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 
 from trainkit.cluster.driver import _Run
-from trainkit.cluster.resume import LAYOUT, check_unfinished, resumed_recipe, run_to_resume
+from trainkit.cluster.resume import LAYOUT, check_unfinished, resumed_recipe, run_to_resume, untraced
 from trainkit.data.tokens import Prepared
 from trainkit.errors import DataError, UsageError
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
-from trainkit.recipe.schema import Recipe
+from trainkit.recipe.schema import Profile, Recipe
 from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import RunFolder
 
@@ -299,3 +300,23 @@ def test_a_run_does_not_go_on_over_rows_that_changed_under_the_same_name(tmp_pat
     check(changed, None)
     with pytest.raises(DataError, match=r"data\.train: .*it was begun with other rows or another tokenizer.*begin a new run"):
         check(changed, checkpoint)
+
+
+def test_a_trace_of_steps_that_are_done_is_told_to_be_missing() -> None:
+    window = Profile(start=3, steps=3)
+    assert untraced(None, 9) is untraced(window, 0) is untraced(window, 2) is None
+    for done, told in ((3, "are traced from step 4 on"), (4, "are traced from step 5 on"), (5, "are not traced"), (1000, "are not traced")):
+        assert told in (untraced(window, done) or "")
+    assert untraced(window, 1000) == "train.profile: going on from step 1,000, steps 3 to 5 are not traced. Write a start after 1,000"
+
+
+def test_a_resumed_run_tells_of_a_window_that_lies_behind_it(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    recipe = asked(storage, "train.profile={start: 2, steps: 1}")
+    monkeypatch.setattr("trainkit.cluster.driver.launch", lambda *args: {"status": "completed"})
+    run = MagicMock(recipe=recipe, folder=begun(recipe), failures=[], verbose=False, plan=SimpleNamespace(total_steps=470))
+    run._say = lambda text, style: said.append(text)
+    run.folder.begin_attempt()
+    for checkpoint in (Checkpoint(storage / "step-000001"), Checkpoint(storage / "step-000004")):
+        _Run._attempt(run, None, checkpoint)
+    assert [text for text in said if "train.profile" in text] == [untraced(recipe.train.profile, 4)]

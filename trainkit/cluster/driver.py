@@ -23,6 +23,7 @@ from trainkit.cluster.faults import decide as decide_what_to_do
 from trainkit.cluster.launch import Launch, launch
 from trainkit.cluster.opening import opened
 from trainkit.cluster.progress import View, counter, display
+from trainkit.cluster.resume import untraced
 from trainkit.cluster.session import cluster_address, environment, environment_settings, ray_session
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
@@ -115,10 +116,12 @@ class _Run:
         done = self.done = 0 if checkpoint is None else checkpoint.step
         self._check_data(prepared, checkpoint)
         startup.begin(self.folder, time.time() if self.failures else self.worked.began)
-        attempt, self.oom_kills = self.folder.begin_attempt(), hardware.oom_kills()
+        attempt, self.oom_kills = self.folder.begin_attempt(done < self.plan.total_steps), hardware.oom_kills()
         self.folder.keep_steps(done)
         if done or attempt > 1 or self.failures:
             self._say(f"going on from step {done}" if done else "no checkpoint yet: beginning again", "dim")
+        if (note := untraced(self.recipe.train.profile, done)) is not None:
+            self._say(note, "yellow")
         asked = Launch(
             recipe=self.recipe,
             plan=self.plan,

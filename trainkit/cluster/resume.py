@@ -8,7 +8,7 @@ from typing import Any
 
 from trainkit.errors import RecipeError, UsageError
 from trainkit.recipe.reader import read_recipe
-from trainkit.recipe.schema import Recipe
+from trainkit.recipe.schema import Profile, Recipe
 from trainkit.runs.copying import make_again
 from trainkit.runs.folder import RunFolder, check_name
 
@@ -72,6 +72,15 @@ def check_unfinished(folder: RunFolder, total_steps: int) -> None:
     if summary is not None and summary["status"] == "completed" and (summary.get("stopped_early") or summary["steps"] >= total_steps):
         how = "it stopped early" if summary.get("stopped_early") else "raise train.max_steps or train.epochs to go on"
         raise UsageError(f"--resume: {folder.path} is complete after {summary['steps']:,} steps: {how}")
+
+
+def untraced(window: Profile | None, done: int) -> str | None:
+    """A sentence on a window of train.profile that begins among the `done` steps, which are not taken again; None if it does not."""
+    if window is None or window.start > done:
+        return None
+    last = window.start + window.steps - 1
+    traced = "are not traced" if last <= done else f"are traced from step {done + 1:,} on"
+    return f"train.profile: going on from step {done:,}, steps {window.start:,} to {last:,} {traced}. Write a start after {done:,}"
 
 
 def _began_with(folder: RunFolder) -> Recipe:

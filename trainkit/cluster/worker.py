@@ -108,6 +108,7 @@ class Worker:
         before = {} if job.checkpoint is None else read_state(job.checkpoint)
         self.begin = loop.Outcome(**before.get("outcome", {}))
         self.step, self.order = self.begin.steps, before.get("order", "")
+        self.first_step = self.begin.steps + 1
         self.board: Board = SilentBoard()
         self.log: StepLog | None = None
         self.lock: Lock | None = None
@@ -121,6 +122,7 @@ class Worker:
         trace = self.folder.path / "profile" / f"rank-{self.rank}.json.gz"
         self.profiler = NoProfiler() if window is None else Profiler(window, trace, self.device)
         self.ranks_told = 0.0
+        self.untold: StepRecord | None = None  # of rank 0: what the ranks measured since then
         url = job.recipe.run.copy_checkpoints_to
         self.copier = Copier(self.folder, url) if url is not None and self.rank == 0 else NoCopier()
         if job.checkpoint is not None:
@@ -160,6 +162,7 @@ class Worker:
             ends=self.ends,
         )
         outcome = loop.train(engine, self.feeds["train"], self.plan, self.recipe, around, self.begin)
+        self.tell_ranks()
         self.saver.wait()
         examples = self.finish(engine, outcome) if outcome.status == "completed" else []
         self.wait_for_copies()
@@ -191,11 +194,18 @@ class Worker:
         self.board.step(record)
         if self.log is not None:
             self.log.append(as_json(record, self.order))
-            if record.step == self.begin.steps + 1:
+            if record.step == self.first_step:
                 startup.ended(self.folder, startup.FIRST_STEP)
-            if time.monotonic() - self.ranks_told > _RANKS_SECONDS or record.step == self.plan.total_steps or record.stop:
-                self.ranks_told = time.monotonic()
-                self.folder.write_ranks([asdict(rank) for rank in record.ranks])
+            self.untold = record
+            if time.monotonic() - self.ranks_told > _RANKS_SECONDS:
+                self.tell_ranks()
+
+    def tell_ranks(self) -> None:
+        """What each rank measured in the newest step, for those who watch and for the summary."""
+        record, self.untold = self.untold, None
+        if record is not None:
+            self.ranks_told = time.monotonic()
+            self.folder.write_ranks([asdict(rank) for rank in record.ranks])
 
     def story(self) -> Story:
         """What TensorBoard says of this run beside its curves."""
@@ -206,6 +216,7 @@ class Worker:
             done=self.step,
             hyperparameters=hyperparameters(recipe, plan),
             metrics=recipe.train.metrics,
+            has_mfu=plan.flops is not None and plan.peak_flops is not None,
             texts={"plan": f"```text\n{plain(plan_text(plan), width=110)}\n```", "recipe": f"```yaml\n{recipe_to_yaml(recipe)}```"},
             expected_peak_bytes=plan.expected_peak_bytes,
             kept_seconds=kept,
@@ -213,12 +224,11 @@ class Worker:
         )
 
     def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
-        """The loss over the whole evaluation set, and the metrics. At the end metrics come from model/, unless they choose the best."""
+        """The loss over the whole evaluation set, and the metrics. At the end metrics come from model/ if it will hold these weights."""
         self.phase(_EVALUATING)
         began = time.monotonic()
         values = evaluate_loss(engine, self.feeds["eval"], self.job.eval_steps)
-        decides = self.recipe.train.metric_for_best_model not in (None, "loss") or not self.loads_whole
-        if self.recipe.train.metrics and (decides or step < self.plan.total_steps):
+        if self.recipe.train.metrics and not (step == self.plan.total_steps and self.model_is_last):
             measured, self.examples[step] = self.metrics(engine.model, self.device, in_step=self.plan.zero_stage == 3)
             values |= measured
         self.board.evaluation(step, values, time.monotonic() - began)
@@ -297,7 +307,10 @@ class Worker:
         return self.feeds["eval" if self.job.eval_steps else "train"].micro_batches(1).micro_batches[0]
 
     def finish(self, engine: Engine, outcome: loop.Outcome) -> list[dict[str, str]]:
-        """Export model/, then measure what the user gets: the metrics come from model/ where a worker may hold it whole."""
+        """Export model/, then measure what the user gets: the metrics come from model/ where a worker may hold it whole.
+
+        The curves of the evaluations get them only where the evaluation of that step left them to here: each step has one point.
+        """
         self.phase("exporting the model")
         target, step = self.folder.path / "model", outcome.steps
         if self.recipe.train.load_best_model_at_end and outcome.best_step is not None:
@@ -307,14 +320,17 @@ class Worker:
             outcome.evaluation = outcome.best_evaluation
         else:
             self.export(engine, target)
-        if not self.loads_whole or not self.job.eval_steps or not self.recipe.train.metrics:
-            return self.examples.get(step, [])
-        self.phase("measuring model/")
-        dist.barrier()  # rank 0 may still be moving it
-        values, examples = self.measure(engine, target)
-        outcome.evaluation = {**(outcome.evaluation or {}), **values}
-        self.board.evaluation(step, values)
-        self.board.predictions(step, examples)
+        evaluated, examples = outcome.evaluation or {}, self.examples.get(step, [])
+        if self.loads_whole and self.job.eval_steps and self.recipe.train.metrics:
+            self.phase("measuring model/")
+            dist.barrier()  # rank 0 may still be moving it
+            measured, examples = self.measure(engine, target)
+            if not evaluated.keys() >= measured.keys():
+                self.board.evaluation(step, measured)
+                self.board.predictions(step, examples)
+            outcome.evaluation = evaluated | measured
+        if outcome.evaluation is not None:
+            self.board.final(step, {name: value for name, value in outcome.evaluation.items() if name != "step"})
         return examples
 
     def wait_for_copies(self) -> None:
@@ -325,6 +341,12 @@ class Worker:
             dist.broadcast_object_list(ended, device=self.device)
             if not ended[0]:
                 self.phase("copying the last checkpoint")
+
+    @property
+    def model_is_last(self) -> bool:
+        """Whether model/ is measured, and is known to hold the last step's weights before those are measured: once is enough then."""
+        train = self.recipe.train
+        return self.loads_whole and not train.load_best_model_at_end and train.metric_for_best_model in (None, "loss")
 
     @property
     def loads_whole(self) -> bool:
@@ -363,6 +385,8 @@ class Worker:
             feed.close()
         if self.log is not None:
             self.log.close()
+        with contextlib.suppress(OSError):  # what ended the training is told, and the summary has a table that is a second old
+            self.tell_ranks()
         if self.lock is not None:
             self.lock.release()
         self.board.close()

@@ -163,7 +163,7 @@ class RunFolder:
             return ""
 
     def write_ranks(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """What each rank measured, about once a second and in the last step."""
+        """What each rank measured, about once a second and in the last step of an attempt, however it ends."""
         write_whole(self.ray / "ranks.json", json.dumps(ranks), durable=False)
 
     def read_ranks(self) -> list[dict[str, Any]]:
@@ -185,11 +185,15 @@ class RunFolder:
         (self.ray / "note").unlink()
         return text
 
-    def begin_attempt(self) -> int:
-        """Forget what an earlier attempt left behind for the driver; returns the new attempt's number, from 1."""
+    def begin_attempt(self, steps_left: bool = True) -> int:
+        """Forget what an earlier attempt left behind for the driver; returns the new attempt's number, from 1.
+
+        An attempt without steps left measures nothing of them: what the ranks measured before stays.
+        """
         shutil.rmtree(self.ray / "errors", ignore_errors=True)
         (self.ray / "errors").mkdir(parents=True)
-        for old in [self.ray / "stop", self.ray / "save", self.ray / "phase", self.ray / "ranks.json", *self.ray.glob("sign-*.json")]:
+        ranks = [self.ray / "ranks.json"] if steps_left else []
+        for old in [self.ray / "stop", self.ray / "save", self.ray / "phase", *ranks, *self.ray.glob("sign-*.json")]:
             old.unlink(missing_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)
         return 1 + sum(1 for _ in self.ray.glob("attempt-*"))

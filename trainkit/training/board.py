@@ -5,6 +5,7 @@ The other ranks have a silent board.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +19,13 @@ from trainkit.training.meters import StepRecord
 from trainkit.units import gib
 
 _SMOOTHED_STEPS = 20
+_HYPERPARAMETERS = "events.out.tfevents.0.hparams"  # sorts before the files of all writers, which TensorBoard reads one after another
 
 
 class Board(Protocol):
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, step: int, values: Mapping[str, float], seconds: float | None = None) -> None: ...
+    def final(self, step: int, values: Mapping[str, float]) -> None: ...
     def checkpoint(self, step: int, stall_seconds: float) -> None: ...
     def predictions(self, step: int, examples: Sequence[Mapping[str, str]]) -> None: ...
     def completed(self) -> None: ...
@@ -34,6 +37,7 @@ class SilentBoard:
 
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, step: int, values: Mapping[str, float], seconds: float | None = None) -> None: ...
+    def final(self, step: int, values: Mapping[str, float]) -> None: ...
     def checkpoint(self, step: int, stall_seconds: float) -> None: ...
     def predictions(self, step: int, examples: Sequence[Mapping[str, str]]) -> None: ...
     def completed(self) -> None: ...
@@ -48,6 +52,7 @@ class Story:
     done: int = 0  # steps that stay when a run is resumed; later points are hidden
     hyperparameters: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     metrics: Sequence[str] = ()  # tags of the evaluation, beside the loss
+    has_mfu: bool = False  # the model's FLOPs and the device's peak are known
     texts: Mapping[str, str] = field(default_factory=dict)  # markdown by tag
     expected_peak_bytes: int | None = None
     kept_seconds: float = 0.0  # of the steps that are done
@@ -61,6 +66,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # Each writer says where it starts: TensorBoard takes the first start in a folder for the beginning, and hides points at later ones.
+        experiment, start, self.end = _hyperparameters(story)
+        _replace_events(folder / _HYPERPARAMETERS, [experiment, start])
         self.writer = SummaryWriter(str(folder), flush_secs=10, purge_step=story.done + 1)
         self.story, self.kept_seconds = story, story.kept_seconds
         self.described: set[str] = set()
@@ -68,9 +75,6 @@ class TensorBoard:
         self.writer.add_custom_scalars(tags.page(story.use_gpu))
         for tag, text in story.texts.items():
             self.writer.add_text(tag, text, story.done)
-        experiment, start, self.end = _hyperparameters(story)
-        for summary in (experiment, start):
-            self._files.add_summary(summary, story.done)
 
     def step(self, record: StepRecord) -> None:
         self.recent.append(record)
@@ -91,6 +95,12 @@ class TensorBoard:
         known, text = tags.OTHER_TAGS, "{} over the evaluation rows."
         points = {f"eval/{name}": (value, known.get(f"eval/{name}", text.format(name))) for name, value in values.items()}
         self._add(step, points | _described({} if seconds is None else {"time/evaluation_seconds": seconds}))
+
+    def final(self, step: int, values: Mapping[str, float]) -> None:
+        """Of the weights in model/, which those of `step` are."""
+        text = "{} of model/ over the evaluation rows, at the step whose weights it holds."
+        known = {"loss": "Cross-entropy in nats per label token"}
+        self._add(step, {f"final/{name}": (value, text.format(known.get(name, name))) for name, value in values.items()})
 
     def checkpoint(self, step: int, stall_seconds: float) -> None:
         self._add(step, _described({"time/checkpoint_stall_seconds": stall_seconds}))
@@ -114,7 +124,7 @@ class TensorBoard:
 
     def _add(self, step: int, points: Mapping[str, tuple[float, str]]) -> None:
         """(value, description) by tag, in one event. A curve's first point brings its description, which SummaryWriter has no word for."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary
         from tensorboard.plugins.scalar.metadata import create_summary_metadata
 
         values = [Summary.Value(tag=tag, simple_value=value) for tag, (value, _) in points.items()]
@@ -122,6 +132,7 @@ class TensorBoard:
             if point.tag not in self.described:
                 self.described.add(point.tag)
                 point.metadata.CopyFrom(create_summary_metadata(display_name="", description=points[point.tag][1]))
+                point.metadata.data_class = DATA_CLASS_SCALAR  # without it TensorBoard's fast loader writes metadata of its own
         self._files.add_summary(Summary(value=values), step)
 
 
@@ -154,9 +165,27 @@ def _hyperparameters(story: Story) -> tuple[Any, Any, Any]:
     from torch.utils.tensorboard.summary import hparams
 
     peak = "memory/peak_allocated_gib/rank_0" if story.use_gpu else "memory/peak_rss_gib/rank_0"
-    compared = ["train/loss", "eval/loss", *(f"eval/{name}" for name in story.metrics)]
-    compared += ["throughput/samples_per_second_smoothed", "throughput/tokens_per_second_smoothed", "throughput/mfu", peak]
+    compared = ["train/loss", *(f"{stage}/{name}" for stage in ("eval", "final") for name in ("loss", *story.metrics))]
+    compared += ["throughput/samples_per_second_smoothed", "throughput/tokens_per_second_smoothed"]
+    compared += ["throughput/mfu", peak] if story.has_mfu else [peak]
     return hparams(dict(story.hyperparameters), dict.fromkeys(compared, 0.0))
+
+
+def _replace_events(path: Path, summaries: Sequence[Any]) -> None:
+    """Write an event file as a whole. TensorBoard keeps the first summary of a tag in a folder: of hyperparameters, that of the first
+    attempt, whatever layout the later ones have."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    now = time.time()
+    events = [Event(wall_time=now, file_version="brain.Event:2"), *(Event(wall_time=now, summary=summary) for summary in summaries)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(".hparams")
+    with unfinished.open("wb") as file:
+        writer = RecordWriter(file)
+        for event in events:
+            writer.write(event.SerializeToString())
+    unfinished.replace(path)
 
 
 def _cell(text: str) -> str:

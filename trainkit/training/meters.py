@@ -79,7 +79,7 @@ class StepLedger:
 
     def __init__(self, device: torch.device, plan: Plan, meters: RankMeters, report: Callable[[StepRecord], None]):
         self.device, self.plan, self.meters, self.report = device, plan, meters, report
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="meters")
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="meters", initializer=self._on_device)
         self.pending: Future[StepRecord] | None = None
         self.ended = 0.0  # when the last step's numbers were there
 
@@ -109,6 +109,11 @@ class StepLedger:
         """What was submitted is still reported."""
         self.reader.shutdown()
         self.meters.close()
+
+    def _on_device(self) -> None:
+        """In the reader's thread, which else begins on the first GPU, that of another rank."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def _read(self, mine: Submitted, gathered: torch.Tensor, arrived: torch.cuda.Event | None) -> StepRecord:
         if arrived is not None:

@@ -30,6 +30,9 @@ from trainkit.training.loss import cross_entropy_sum
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 Gathered = Callable[[torch.nn.Parameter], AbstractContextManager[Any]]
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how transformers' configs call them
+_SHARED_LAYERS = ("albert", "zamba", "zamba2")  # a weight multiplies a token many times
+_OTHER_ATTENTION = ("deberta", "deberta-v2")  # disentangled: positions are attended to as well
+_UNUSED = re.compile(r"(^|\.)original_module(\.|$)")  # what peft trains a copy of (modules_to_save)
 _OF_THE_SOURCE = re.compile(r"(EncDecAttention|encoder_attn|cross_?attention|cross_attn)\.(k|v|key|value)(_proj)?\b")
 _ONCE_A_ROW = re.compile(r"(^|\.)(pooler|classifier|classification_head|score)(\.|$)")
 
@@ -149,14 +152,21 @@ def model_facts(recipe: Recipe, label_names: Sequence[str] | None = None) -> Mod
         num_layers=getattr(text, "num_hidden_layers", 0) + _decoder_layers(config),
         vocab_size=text.vocab_size,
         attn_implementation=str(base_model(model).config._attn_implementation),
-        matrices=_matrices(base_model(model), config),
+        matrices=_matrices(base_model(model), config, recipe.model.task),
     )
 
 
-def _matrices(model: Any, config: Any) -> Matrices | None:
-    """None for experts, of which a token sees few, and where other weights than linear layers' and lookups' matter (over 1 %)."""
+def _matrices(model: Any, config: Any, task: str) -> Matrices | None:
+    """None where a token does not meet each weight of a linear layer once, or where other work than theirs and common attention's matters.
+
+    That are experts, of which a token sees few; layers that share weights; disentangled attention, and models without heads (Mamba); an
+    encoder-decoder that classifies, whose decoder reads the source once more; and weights of other kinds (over 1 %).
+    """
     text = config.get_text_config()
-    if any(getattr(text, name, None) for name in _EXPERTS):
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads or any(getattr(text, name, None) for name in _EXPERTS) or config.model_type in _SHARED_LAYERS + _OTHER_ATTENTION:
+        return None
+    if config.is_encoder_decoder and task == "classification":
         return None
     encoder = {id(module) for module in model.get_encoder().modules()} if config.is_encoder_decoder else set()
     counts = {"source": 0, "target": 0, "source_trained": 0, "target_trained": 0}
@@ -167,7 +177,7 @@ def _matrices(model: Any, config: Any) -> Matrices | None:
         if not isinstance(module, torch.nn.Linear | Conv1D):
             continue
         known.add(id(module.weight))
-        if _ONCE_A_ROW.search(name):
+        if _ONCE_A_ROW.search(name) or _UNUSED.search(name):
             continue
         stream = "target" if config.is_encoder_decoder and id(module) not in encoder and not _OF_THE_SOURCE.search(name) else "source"
         counts[stream] += module.weight.numel()
@@ -176,7 +186,6 @@ def _matrices(model: Any, config: Any) -> Matrices | None:
     others = sum(p.numel() for p in parameters if id(p) not in known and p.ndim > 1)  # norms and biases are not counted anyway
     if others > 0.01 * sum(p.numel() for p in parameters):
         return None
-    heads = text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
     return Matrices(**counts, decoder_layers=_decoder_layers(config), attention_width=heads * head_width)
 

@@ -33,8 +33,10 @@ class RankNumbers:
     padded_tokens: int
     flops: float  # of the model on the real tokens
     data_wait_seconds: float
-    peak_bytes: int  # allocated, since the start
-    peak_reserved_bytes: int  # by torch's allocator, since the start
+    # Peaks count from the process's start to the end of this step: the building of the engine, the steps, and evaluations and checkpoints
+    # between them; not an evaluation after the last step, nor the export and what is measured on it.
+    peak_bytes: int  # allocated
+    peak_reserved_bytes: int  # by torch's allocator
     allocated_bytes: int  # now, after the step
     reserved_bytes: int
     host_bytes: int  # resident set of the process

@@ -71,9 +71,10 @@ STEP_TAGS = (
     StepTag("time/optimizer_seconds", "Seconds of the optimizer step on rank 0, with what is left of the reduction.", _piece(OPTIMIZER)),
 )
 
+_SO_FAR = "since the worker's start: in its steps and in evaluations and checkpoints between them, not in what follows the last step."
 _GPU_TAGS = (
-    RankTag("memory/peak_allocated_gib", "GiB of tensors at the fullest moment since the start.", lambda r: gib(r.peak_bytes)),
-    RankTag("memory/peak_reserved_gib", "GiB that torch's allocator held at most since the start.", lambda r: gib(r.peak_reserved_bytes)),
+    RankTag("memory/peak_allocated_gib", f"GiB of tensors at the fullest moment {_SO_FAR}", lambda r: gib(r.peak_bytes)),
+    RankTag("memory/peak_reserved_gib", f"GiB that torch's allocator held at most {_SO_FAR}", lambda r: gib(r.peak_reserved_bytes)),
     RankTag("memory/allocated_gib", "GiB of tensors between two steps.", lambda r: gib(r.allocated_bytes)),
     RankTag("memory/reserved_gib", "GiB that torch's allocator holds between two steps.", lambda r: gib(r.reserved_bytes)),
     RankTag("memory/parameters_gib", "GiB of parameters on the GPU.", lambda r: gib(r.parameter_bytes)),
@@ -87,7 +88,7 @@ _GPU_TAGS = (
     RankTag("gpu/temperature_celsius", "Temperature in °C, by NVML.", lambda r: _measured(r.gpu_celsius)),
 )
 _CPU_TAGS = (
-    RankTag("memory/peak_rss_gib", "GiB of the worker process that were resident at most since its start.", lambda r: gib(r.peak_bytes)),
+    RankTag("memory/peak_rss_gib", f"GiB of the worker process that were resident at most {_SO_FAR}", lambda r: gib(r.peak_bytes)),
     RankTag("memory/rss_gib", "GiB of the worker process that are resident after the step.", lambda r: gib(r.host_bytes)),
 )
 OTHER_TAGS = {
