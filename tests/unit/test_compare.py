@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,13 @@ def test_half_an_offload_is_named() -> None:
 @pytest.mark.parametrize("losses", [[], [3.0, 2.0]])
 @pytest.mark.parametrize("error", [OutOfMemory("rank 1: the GPU has no memory left"), DoesNotFit("zero0 on 1 worker: too much")])
 def test_want_of_memory_is_a_result(tmp_path: Path, losses: list[float], error: TrainkitError) -> None:
-    row = read_row(plant(tmp_path, "big", TWO, losses=losses, error=error).path)
+    row = read_row(plant(tmp_path, "big", TWO, losses=losses, mfu=0.4, error=error).path)
     shown = cells(row)
-    assert (shown["seconds"], shown["peak_gib"], shown["status"]) == ("OOM", "OOM", "out of memory")
+    measured = ("seconds", "samples_per_second", "tokens_per_second", "mfu", "peak_gib", "train_loss", "eval_loss")
+    assert {shown[name] for name in measured} == {"OOM"} and shown["status"] == "out of memory"
     assert float(shown["planned_gib"]) > 0 and row.steps == len(losses)
     in_csv = next(csv.DictReader(io.StringIO(tables.as_csv([row]))))
-    assert (in_csv["seconds"], in_csv["peak_gib"], in_csv["status"]) == ("", "", "out of memory")
+    assert {in_csv[name] for name in measured} == {""} and in_csv["status"] == "out of memory"
     assert row.notes == (f"big: failed: {error.message}",)
 
 
@@ -286,7 +288,7 @@ def steps_of(*peaks: list[float]) -> list[dict[str, Any]]:
         ("empty", "no run folder (recipe.yaml and plan.json), and none in it"),
         ("notes.txt", "a file. Name run folders"),
         ("no-such-*", "no run folder matches"),
-        ("", "an empty name. Name run folders"),
+        ("", "'' is no folder. Name run folders"),
     ],
 )
 def test_what_is_no_run_is_one_message(named: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,6 +297,12 @@ def test_what_is_no_run_is_one_message(named: str, message: str, tmp_path: Path,
     (tmp_path / "notes.txt").touch()
     assert call(tmp_path / named if named else named) == 2
     assert message.format(runs=tmp_path) in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("named", [[], [""], [["runs"]], [None]])
+def test_what_names_no_folder_is_one_message(named: Any) -> None:
+    with pytest.raises(UsageError, match="Name run folders, or folders of run folders"):
+        read_rows(named)
 
 
 def test_a_folder_of_runs_stands_for_its_runs(tmp_path: Path) -> None:
@@ -440,10 +448,27 @@ def test_the_picture_shows_every_run_also_those_without_steps(several: list[Row]
     expected = ["a-nan: failed (NonFiniteError)", "going: unfinished", "one-worker: out of memory, no steps"]
     assert labels == [*expected, "zero1-2-workers", "zero3-2-workers"]
     assert [tick.get_text() for tick in speed.get_yticklabels()] == [row.run for row in several]
-    assert [text.get_text() for text in speed.texts] == [tables.significant(row.samples_per_second).replace("-", "OOM") for row in several]
+    assert [text.get_text() for text in speed.texts] == [
+        "OOM" if row.out_of_memory else tables.significant(row.samples_per_second) for row in several
+    ]
     measured, planned = [patch.get_width() for patch in memory.patches][::2], [patch.get_width() for patch in memory.patches][1::2]
     assert measured == [0 if row.out_of_memory else row.peak_gib for row in several] and planned == [row.planned_gib for row in several]
     assert [text.get_text() for text in memory.texts].count("OOM") == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_shown_as_they_are_and_what_is_no_number_is_said(several: list[Row], tmp_path: Path) -> None:
+    curve = ((8.0, 3.0), (16.0, math.nan), (24.0, math.nan), (32.0, 2.0), (40.0, math.inf), (48.0, 1.0))
+    rows = [replace(several[-1], run=name, curve=curve, peak_gib=math.nan, samples_per_second=math.nan) for name in ("_base", "a$b$c")]
+    drawn = plot.figure(rows)
+    plot.write_plot(rows, tmp_path / "runs.png")
+    losses, speed, memory = drawn.axes
+    named = [*losses.get_legend().get_texts(), *speed.get_yticklabels()]
+    assert [text.get_text() for text in named] == ["_base", "a$b$c"] * 2 and not any(text.get_parse_math() for text in named)
+    assert [text.get_text().strip() for text in losses.texts] == ["nan", "inf"] * 2
+    assert [text.xy[0] for text in losses.texts] == [16.0, 40.0] * 2
+    assert [(text.get_text(), text.xy[0]) for text in speed.texts] == [("nan", 0.0)] * 2
+    assert [(text.get_text(), text.xy[0]) for text in memory.texts][::2] == [("nan", 0.0)] * 2
 
 
 def test_a_long_curve_is_smoothed_in_its_place() -> None:

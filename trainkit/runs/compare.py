@@ -194,9 +194,9 @@ def _other_workers(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     """steps.jsonl tells how many workers took a step, and not their ZeRO stage."""
     *before, last = world_sizes(steps) or [(0, 0, 0)]
     told = ", ".join(f"steps {first} to {end} with {_workers(workers)}" for first, end, workers in before)
-    return [f"trained {told}, since then with {_workers(last[2])}: rates and loss are of all, peak, technique and workers of the last"] * bool(
-        told
-    )
+    return [
+        f"trained {told}, since then with {_workers(last[2])}: rates and loss are of all, peak, technique and workers of the last"
+    ] * bool(told)
 
 
 def _workers(number: int) -> str:

@@ -22,8 +22,9 @@ def find_runs(named: Sequence[str | Path]) -> tuple[list[Found], list[str]]:
 
     Raises UsageError for what is no run, and where nothing is named.
     """
-    if not named or "" in named:
-        raise UsageError(f"{'an empty name' if named else 'no run is named'}. Name run folders, or folders of run folders")
+    wrong = [repr(path) for path in named if not isinstance(path, str | Path) or path == ""]
+    if wrong or not named:
+        raise UsageError(f"{f'{wrong[0]} is no folder' if wrong else 'no run is named'}. Name run folders, or folders of run folders")
     notes: list[str] = []
     found: dict[Path, bool] = {}
     for path in map(Path, named):
