@@ -7,7 +7,8 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,35 @@ def test_a_run_shows_where_it_stands_and_lies(folder: RunFolder) -> None:
 
 
 # What is damaged, or not there
+
+
+def with_curves(folder: RunFolder) -> Path:
+    """Three evaluations; the file of curves."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder.path / "tensorboard")) as writer:
+        for number in (1, 2, 3):
+            writer.add_scalar("eval/loss", 1 / number, number)
+    (events,) = (folder.path / "tensorboard").iterdir()
+    return events
+
+
+@pytest.mark.filterwarnings("error")
+def test_evaluations_come_out_of_the_curves(folder: RunFolder) -> None:
+    with_curves(folder)
+    assert trainkit.open_run(folder.path).evaluations["loss"].to_dict() == {1: 1.0, 2: 0.5, 3: pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-5], lambda data: data[:-60] + b"\xff" * 60, lambda data: b"garbage" * 9])
+def test_curves_that_cannot_be_read_to_their_end_are_warned_of(damage: Callable[[bytes], bytes], folder: RunFolder) -> None:
+    events = with_curves(folder)
+    events.write_bytes(damage(events.read_bytes()))
+    run = trainkit.open_run(folder.path)
+    with pytest.warns(UserWarning, match=rf"quickstart-1: {events.name} is damaged or cut off"):
+        assert len(run.evaluations) < 3
+    with folder.lock("driver"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run.status == "running" and len(run.evaluations) < 3, "it may be in the middle of a record"
 
 
 def test_a_damaged_line_is_warned_of_and_left_out(folder: RunFolder) -> None:

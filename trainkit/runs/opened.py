@@ -88,13 +88,20 @@ class Run:
 
     @property
     def evaluations(self) -> pandas.DataFrame:
-        """Loss and metrics of every evaluation, a row per step, out of the TensorBoard curves; without these the last one."""
+        """Loss and metrics of every evaluation, a row per step, out of the TensorBoard curves; without these the last one.
+
+        Warns of a file of curves that cannot be read to its end, unless the run still writes it.
+        """
         import pandas
 
         from trainkit.training.curves import read_curves
 
         frame = pandas.DataFrame(read_curves(self.path / "tensorboard", "eval/")).sort_index()
         last = (self.summary or {}).get("eval") or {}
+        for path in (
+            [] if self.status == "running" else filter(_is_damaged, sorted((self.path / "tensorboard").glob("events.out.tfevents.*")))
+        ):
+            warnings.warn(f"{self.name}: {path.name} is damaged or cut off: evaluations behind this place are missing", stacklevel=2)
         if frame.empty and last:
             return pandas.DataFrame([last]).set_index("step")
         return frame.rename_axis("step")
@@ -189,6 +196,21 @@ def shown_path(path: Path) -> str:
     """Relative where it lies in the working directory."""
     absolute = path.absolute()
     return os.path.relpath(absolute) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+
+
+def _is_damaged(events: Path) -> bool:
+    """TensorBoard ends reading a file of curves where a record of it is damaged, and says nothing. About 0.1 s for a megabyte."""
+    from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+    records = PyRecordReader_New(str(events))
+    try:
+        while True:
+            records.GetNext()
+    except OutOfRangeError:
+        return False
+    except DataLossError:
+        return True
 
 
 def _version(path: Path) -> object:
