@@ -82,7 +82,7 @@ def export(
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run folders, or folders of them.", show_default=False)],
+    runs: Annotated[list[str], typer.Argument(metavar="RUNS...", help="Run folders, or folders of them.", show_default=False)],
     form: Annotated[Literal["text", "markdown", "csv"], typer.Option("--format", help="How the table is written.")] = "text",
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also write losses, speed and memory as a PNG.")] = None,
     debug: Debug = False,

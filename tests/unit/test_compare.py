@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from trainkit.recipe.zero import SHIPPED, read_zero
 from trainkit.runs import compare, plot, tables
 from trainkit.runs.compare import Row, read_row, read_rows
 from trainkit.runs.folder import RunFolder
+from trainkit.runs.reading import read_steps
+from trainkit.runs.totals import totals
 from trainkit.units import GIB
 
 TWO = "scaling.num_workers=2"
@@ -103,12 +106,13 @@ def test_half_an_offload_is_named() -> None:
 @pytest.mark.parametrize("losses", [[], [3.0, 2.0]])
 @pytest.mark.parametrize("error", [OutOfMemory("rank 1: the GPU has no memory left"), DoesNotFit("zero0 on 1 worker: too much")])
 def test_want_of_memory_is_a_result(tmp_path: Path, losses: list[float], error: TrainkitError) -> None:
-    row = read_row(plant(tmp_path, "big", TWO, losses=losses, error=error).path)
+    row = read_row(plant(tmp_path, "big", TWO, losses=losses, mfu=0.4, error=error).path)
     shown = cells(row)
-    assert (shown["seconds"], shown["peak_gib"], shown["status"]) == ("OOM", "OOM", "out of memory")
+    measured = ("seconds", "samples_per_second", "tokens_per_second", "mfu", "peak_gib", "train_loss", "eval_loss")
+    assert {shown[name] for name in measured} == {"OOM"} and shown["status"] == "out of memory"
     assert float(shown["planned_gib"]) > 0 and row.steps == len(losses)
     in_csv = next(csv.DictReader(io.StringIO(tables.as_csv([row]))))
-    assert (in_csv["seconds"], in_csv["peak_gib"], in_csv["status"]) == ("", "", "out of memory")
+    assert {in_csv[name] for name in measured} == {""} and in_csv["status"] == "out of memory"
     assert row.notes == (f"big: failed: {error.message}",)
 
 
@@ -154,7 +158,8 @@ def test_a_damaged_line_is_named_and_only_it_is_left_out(bad: int, junk: str, tm
     lines[bad - 1] = junk
     folder.steps_path.write_text("".join(f"{line}\n" for line in lines))
     row = read_row(folder.path)
-    assert row.notes[0] == f"a: steps.jsonl:{bad} is damaged and left out" and row.steps == 5
+    assert row.notes[0] == f"a: steps.jsonl:{bad} is damaged and left out" and row.steps == (5 if bad == 6 else 6)
+    assert RunFolder(folder.path).read_steps() == read_steps(folder.steps_path)[0], "the summary counts the same"
     assert row.curve == tuple(point for number, point in enumerate(whole.curve, start=1) if number != bad)
 
 
@@ -182,7 +187,7 @@ def test_a_line_cut_off_by_a_kill_is_no_damage(tmp_path: Path) -> None:
 def test_lost_steps_of_an_ended_run_are_told(tmp_path: Path) -> None:
     folder = plant(tmp_path, "a")
     folder.steps_path.write_text("".join(folder.steps_path.read_text().splitlines(keepends=True)[:2]))
-    assert read_row(folder.path).notes == ("a: steps.jsonl holds 2 steps, and summary.json counts 3",)
+    assert read_row(folder.path).notes == ("a: steps.jsonl holds 2 steps of the 3 that were taken",)
     assert read_row(folder.path).steps == 3
 
 
@@ -190,13 +195,30 @@ def summary_of_another_kind(folder: RunFolder) -> None:
     change(folder.path / "summary.json", lambda summary: summary.pop("tokens_per_second"))
 
 
+def said(file: str, **values: Any) -> Callable[[RunFolder], object]:
+    return lambda folder: change(folder.path / f"{file}.json", lambda found: found.update(values))
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda folder: (folder.path / "summary.json").write_text('{"status":'), "summary.json: damaged, not JSON"),
-        (lambda folder: (folder.path / "plan.json").write_text("[]"), "plan.json: damaged, no JSON object"),
-        (summary_of_another_kind, "is not as trainkit writes it (KeyError: 'tokens_per_second')"),
+        (lambda folder: (folder.path / "summary.json").write_text('{"status":'), "summary.json: damaged: not JSON"),
+        (lambda folder: (folder.path / "plan.json").write_text("[]"), "plan.json: damaged: no object in braces"),
+        (
+            summary_of_another_kind,
+            "summary.json: damaged, or of another version of trainkit: it has no tokens_per_second. Leave this run out",
+        ),
         (lambda folder: (folder.path / "recipe.yaml").write_text("model: ["), "recipe.yaml"),
+        (lambda folder: (folder.path / "recipe.yaml").write_text("model: {path: 5}"), "recipe.yaml: not as trainkit writes it"),
+        (said("summary", steps="six"), 'steps is "six", and not a whole number. Leave this run out'),
+        (said("summary", steps=True), "steps is true, and not a whole number"),
+        (said("summary", seconds="fast"), 'seconds is "fast", and not a number. Leave this run out'),
+        (said("summary", status=3), "status is 3, and not completed or failed or interrupted. Leave this run out"),
+        (said("summary", eval="y"), 'eval is "y", and not an object with a number in each place or null'),
+        (said("summary", peak_memory_gib=["lots"]), "and not a list with a number in each place or null"),
+        (said("summary", error={"kind": 3, "message": "m"}), "and not an object with kind: text, message: text or null"),
+        (said("plan", total_steps=None), "total_steps is null, and not a whole number. Leave this run out"),
+        (said("plan", memory={"device": 3}), "memory is "),
     ],
 )
 def test_a_damaged_file_is_one_message(
@@ -206,7 +228,54 @@ def test_a_damaged_file_is_one_message(
     damage(folder)
     assert call(folder.path) == 2
     shown = capsys.readouterr()
-    assert message in shown.err and "Traceback" not in shown.err and shown.out == ""
+    assert message in shown.err and str(folder.path) in shown.err and "Traceback" not in shown.err and shown.out == ""
+    assert "fault of trainkit" not in shown.err
+
+
+@pytest.mark.parametrize("value", [{"peak_memory_gib": "lots"}, {"mfu": "a"}, {"piece_seconds": [1]}, {"samples": True}, {"step": 2.0}])
+def test_a_value_that_cannot_be_makes_a_damaged_line(value: dict[str, Any], tmp_path: Path) -> None:
+    folder = plant(tmp_path, "a", TWO, ended=False)
+    lines = folder.steps_path.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | value)
+    folder.steps_path.write_text("\n".join([*lines, ""]))
+    assert read_row(folder.path).notes[0] == "a: steps.jsonl:2 is damaged and left out"
+
+
+def test_a_damaged_run_hides_no_other_of_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("bad", "fine"):
+        plant(tmp_path, name)
+    said("summary", steps="six")(RunFolder(tmp_path / "bad"))
+    told = f'left out: {tmp_path}/bad/summary.json: damaged, or of another version of trainkit: steps is "six", and not a whole number'
+    for named in (tmp_path, tmp_path / "*"):
+        rows, notes = read_rows([named])
+        assert [row.run for row in rows] == ["fine"] and notes == [told]
+        assert call(named) == 0 and "left out" in capsys.readouterr().out
+    assert call(tmp_path, tmp_path / "bad") == 2 and call(tmp_path / "bad", tmp_path) == 2, "what is named itself stays an error"
+    said("plan", total_steps=None)(RunFolder(tmp_path / "fine"))
+    assert call(tmp_path) == 2, "no run is left"
+
+
+def test_peaks_are_the_highest_of_all_processes_and_other_workers_are_told(tmp_path: Path) -> None:
+    assert totals(steps_of([9.0, 1.0], [2.0, 3.0]), None)["peak_memory_gib"] == [9.0, 3.0]
+    assert totals(steps_of([9.0, 9.0], [2.0], [5.0], [4.0]), None)["peak_memory_gib"] == [5.0]
+    assert math.isnan(totals(steps_of([2.0], [math.nan], [3.0]), None)["peak_memory_gib"][0])
+    assert totals([], None)["peak_memory_gib"] is None
+    for ended in (True, False):
+        folder = plant(tmp_path, f"ended-{ended}", TWO, losses=[3.0, 2.0, 1.0], ended=False)
+        one, two, three = map(json.loads, folder.steps_path.read_text().splitlines())
+        lines = [one | {"peak_memory_gib": [9.0]}, two | {"peak_memory_gib": [1.0, 7.0]}, three | {"peak_memory_gib": [1.0, 2.0]}]
+        folder.steps_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        row = read_row(folder.path)
+        assert row.peak_gib == 7.0
+        assert row.notes[0] == (
+            f"ended-{ended}: trained steps 1 to 1 with 1 worker, since then with 2 workers: "
+            "rates and loss are of all, peak, technique and workers of the last"
+        )
+
+
+def steps_of(*peaks: list[float]) -> list[dict[str, Any]]:
+    numbers = {"loss": 1.0, "samples": 8, "tokens": 99, "seconds": 0.5}
+    return [{"step": number, "peak_memory_gib": peak, **numbers} for number, peak in enumerate(peaks, start=1)]
 
 
 # Which runs are meant
@@ -219,14 +288,21 @@ def test_a_damaged_file_is_one_message(
         ("empty", "no run folder (recipe.yaml and plan.json), and none in it"),
         ("notes.txt", "a file. Name run folders"),
         ("no-such-*", "no run folder matches"),
+        ("", "'' is no folder. Name run folders"),
     ],
 )
 def test_what_is_no_run_is_one_message(named: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant(tmp_path, "quick-2")
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").touch()
-    assert call(tmp_path / named) == 2
+    assert call(tmp_path / named if named else named) == 2
     assert message.format(runs=tmp_path) in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("named", [[], [""], [["runs"]], [None]])
+def test_what_names_no_folder_is_one_message(named: Any) -> None:
+    with pytest.raises(UsageError, match="Name run folders, or folders of run folders"):
+        read_rows(named)
 
 
 def test_a_folder_of_runs_stands_for_its_runs(tmp_path: Path) -> None:
@@ -372,10 +448,27 @@ def test_the_picture_shows_every_run_also_those_without_steps(several: list[Row]
     expected = ["a-nan: failed (NonFiniteError)", "going: unfinished", "one-worker: out of memory, no steps"]
     assert labels == [*expected, "zero1-2-workers", "zero3-2-workers"]
     assert [tick.get_text() for tick in speed.get_yticklabels()] == [row.run for row in several]
-    assert [text.get_text() for text in speed.texts] == [tables.significant(row.samples_per_second).replace("-", "OOM") for row in several]
+    assert [text.get_text() for text in speed.texts] == [
+        "OOM" if row.out_of_memory else tables.significant(row.samples_per_second) for row in several
+    ]
     measured, planned = [patch.get_width() for patch in memory.patches][::2], [patch.get_width() for patch in memory.patches][1::2]
     assert measured == [0 if row.out_of_memory else row.peak_gib for row in several] and planned == [row.planned_gib for row in several]
     assert [text.get_text() for text in memory.texts].count("OOM") == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_shown_as_they_are_and_what_is_no_number_is_said(several: list[Row], tmp_path: Path) -> None:
+    curve = ((8.0, 3.0), (16.0, math.nan), (24.0, math.nan), (32.0, 2.0), (40.0, math.inf), (48.0, 1.0))
+    rows = [replace(several[-1], run=name, curve=curve, peak_gib=math.nan, samples_per_second=math.nan) for name in ("_base", "a$b$c")]
+    drawn = plot.figure(rows)
+    plot.write_plot(rows, tmp_path / "runs.png")
+    losses, speed, memory = drawn.axes
+    named = [*losses.get_legend().get_texts(), *speed.get_yticklabels()]
+    assert [text.get_text() for text in named] == ["_base", "a$b$c"] * 2 and not any(text.get_parse_math() for text in named)
+    assert [text.get_text().strip() for text in losses.texts] == ["nan", "inf"] * 2
+    assert [text.xy[0] for text in losses.texts] == [16.0, 40.0] * 2
+    assert [(text.get_text(), text.xy[0]) for text in speed.texts] == [("nan", 0.0)] * 2
+    assert [(text.get_text(), text.xy[0]) for text in memory.texts][::2] == [("nan", 0.0)] * 2
 
 
 def test_a_long_curve_is_smoothed_in_its_place() -> None:

@@ -44,7 +44,9 @@ def begun(storage: Path, seconds: float = 1.25) -> RunFolder:
     folder = RunFolder.create(storage, "it", "it")
     folder.write_recipe(recipe_to_yaml(read_recipe(QUICKSTART, [f"run.storage_path={storage}"])))
     folder.write_plan({"tokens_per_device": 4096})
-    folder.steps_path.write_text("".join(json.dumps({"step": step, "seconds": seconds}) + "\n" for step in range(1, 301)))
+    folder.steps_path.write_text(
+        "".join(json.dumps({"step": step, "loss": 1.0, "samples": 8, "tokens": 99, "seconds": seconds}) + "\n" for step in range(1, 301))
+    )
     return folder
 
 

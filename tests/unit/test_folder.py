@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,14 @@ held = RunFolder(sys.argv[1]).lock("driver")
 print("held", flush=True)
 time.sleep(60)
 """
+
+
+def line(number: int, loss: float = 0.5) -> str:
+    return json.dumps(step(number, loss)) + "\n"
+
+
+def step(number: int, loss: float = 0.5) -> dict[str, Any]:
+    return {"step": number, "loss": loss, "samples": 8, "tokens": 99, "seconds": 0.5}
 
 
 @pytest.fixture
@@ -95,24 +104,25 @@ def test_what_is_written_is_read(folder: RunFolder) -> None:
 
 def test_a_step_can_be_read_at_once_and_nan_stays_nan(folder: RunFolder) -> None:
     log = StepLog(folder)
-    log.append({"step": 1, "loss": float("nan")})
-    assert folder.steps_path.read_text() == '{"step": 1, "loss": NaN}\n'
+    log.append(step(1, math.nan))
+    assert folder.steps_path.read_text().startswith('{"step": 1, "loss": NaN, ')
     assert math.isnan(folder.read_steps()[0]["loss"])
     log.close()
     log.close()
 
 
 def test_a_line_cut_off_by_a_killed_process_is_left_out(folder: RunFolder) -> None:
-    folder.steps_path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert folder.read_steps() == [{"step": 1}, {"step": 2}]
+    folder.steps_path.write_text(line(1) + line(2) + '{"ste')
+    assert folder.read_steps() == [step(1), step(2)] and folder.keep_steps(2) == []
+    assert [path.name for path in folder.path.glob("steps.jsonl*")] == ["steps.jsonl"], "that is no damage"
 
 
 def test_steps_that_no_checkpoint_kept_are_taken_out_and_others_stay_as_they_were(folder: RunFolder) -> None:
-    folder.steps_path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.1}\n{"step": 3, "loss": 1e-09}\n{"ste')
+    folder.steps_path.write_text(line(1, math.nan) + line(2, 0.1) + line(3, 1e-09) + '{"ste')
     folder.keep_steps(2)
-    assert folder.steps_path.read_text() == '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.1}\n'
+    assert folder.steps_path.read_text() == line(1, math.nan) + line(2, 0.1)
     log = StepLog(folder)
-    log.append({"step": 3})
+    log.append(step(3))
     log.close()
     assert [step["step"] for step in folder.read_steps()] == [1, 2, 3]
     folder.keep_steps(9)
@@ -121,13 +131,27 @@ def test_steps_that_no_checkpoint_kept_are_taken_out_and_others_stay_as_they_wer
     assert folder.steps_path.read_text() == ""
 
 
+def test_a_damaged_line_takes_no_other_with_it_and_the_file_with_it_is_kept(folder: RunFolder) -> None:
+    damaged = (line(1) + "\0\0\0\n" + line(3) + line(4)).encode() + b"\xff\n" + line(6).encode()
+    folder.steps_path.write_bytes(damaged)
+    told = folder.keep_steps(4)
+    assert told[:2] == ["steps.jsonl:2 is damaged and left out", "steps.jsonl:5 is damaged and left out"]
+    assert told[2:] == [f"the file as it was is kept as {folder.path / 'steps.jsonl.damaged'}"]
+    assert folder.steps_path.read_text() == line(1) + line(3) + line(4)
+    assert (folder.path / "steps.jsonl.damaged").read_bytes() == damaged
+    assert folder.keep_steps(4) == []
+    folder.steps_path.write_text("null\n" + line(3))
+    assert folder.keep_steps(4)[-1].endswith("steps.jsonl.damaged-2")
+    assert (folder.path / "steps.jsonl.damaged").read_bytes() == damaged, "what was kept before stays"
+
+
 def test_a_line_cut_off_by_a_killed_process_does_not_run_into_the_next_attempts_first(folder: RunFolder) -> None:
-    folder.steps_path.write_text('{"step": 1}\n{"ste')
+    folder.steps_path.write_text(line(1) + '{"ste')
     folder.keep_steps(1)
     log = StepLog(folder)
-    log.append({"step": 2})
+    log.append(step(2))
     log.close()
-    assert folder.read_steps() == [{"step": 1}, {"step": 2}]
+    assert folder.read_steps() == [step(1), step(2)]
 
 
 def test_a_run_without_steps_stays_without(folder: RunFolder) -> None:
@@ -180,14 +204,14 @@ def test_an_attempt_without_steps_keeps_what_ranks_measured_before(folder: RunFo
 
 
 def test_an_attempt_begins_without_what_the_one_before_left_for_the_driver(folder: RunFolder) -> None:
-    folder.steps_path.write_text('{"step": 1}\n')
+    folder.steps_path.write_text(line(1))
     folder.write_error(1, 7, UsageError("the cause"), "Traceback ...")
     folder.request_stop()
     folder.write_phase("training")
     folder.write_summary({"status": "failed"})
     folder.begin_attempt()
     assert (folder.errors(), folder.stop_requested(), folder.read_phase(), folder.read_summary()) == ([], False, "", None)
-    assert not folder.traceback_path(1).exists() and folder.read_steps() == [{"step": 1}]
+    assert not folder.traceback_path(1).exists() and folder.read_steps() == [step(1)]
     folder.write_error(0, 1, UsageError("another"), "Traceback ...")
     assert [error.message for error in folder.errors()] == ["another"]
 

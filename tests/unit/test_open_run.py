@@ -7,7 +7,8 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,35 @@ def test_a_run_shows_where_it_stands_and_lies(folder: RunFolder) -> None:
 # What is damaged, or not there
 
 
+def with_curves(folder: RunFolder) -> Path:
+    """Three evaluations; the file of curves."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder.path / "tensorboard")) as writer:
+        for number in (1, 2, 3):
+            writer.add_scalar("eval/loss", 1 / number, number)
+    (events,) = (folder.path / "tensorboard").iterdir()
+    return events
+
+
+@pytest.mark.filterwarnings("error")
+def test_evaluations_come_out_of_the_curves(folder: RunFolder) -> None:
+    with_curves(folder)
+    assert trainkit.open_run(folder.path).evaluations["loss"].to_dict() == {1: 1.0, 2: 0.5, 3: pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-5], lambda data: data[:-60] + b"\xff" * 60, lambda data: b"garbage" * 9])
+def test_curves_that_cannot_be_read_to_their_end_are_warned_of(damage: Callable[[bytes], bytes], folder: RunFolder) -> None:
+    events = with_curves(folder)
+    events.write_bytes(damage(events.read_bytes()))
+    run = trainkit.open_run(folder.path)
+    with pytest.warns(UserWarning, match=rf"quickstart-1: {events.name} is damaged or cut off"):
+        assert len(run.evaluations) < 3
+    with folder.lock("driver"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run.status == "running" and len(run.evaluations) < 3, "it may be in the middle of a record"
+
+
 def test_a_damaged_line_is_warned_of_and_left_out(folder: RunFolder) -> None:
     lines = folder.steps_path.read_text().splitlines()
     for damaged in ('{"step": 2, "lo', "\x00\x00", "null"):
@@ -132,7 +162,7 @@ def test_a_line_that_is_still_written_is_no_damage(folder: RunFolder) -> None:
 def test_damaged_and_missing_files_give_one_readable_error_each_and_a_picture_of_the_rest(folder: RunFolder) -> None:
     run = trainkit.open_run(folder.path)
     (folder.path / "summary.json").write_text('{"status": ')
-    with pytest.raises(UsageError, match=r"summary\.json: damaged: "):
+    with pytest.raises(UsageError, match=r"summary\.json: damaged: not JSON"):
         run.summary  # noqa: B018
     (folder.path / "plan.json").write_text('{"world_size": 2}')
     with pytest.raises(UsageError, match=r"plan\.json: of another version of trainkit"):
@@ -166,6 +196,41 @@ def test_what_is_no_run_folder_is_told_with_the_runs_that_are_near(folder: RunFo
             trainkit.open_run(path)
     with pytest.raises(UsageError, match=r"^nowhere/at/all: no run folder$"):
         trainkit.open_run("nowhere/at/all")
+
+
+@pytest.mark.parametrize("path", [None, "", ["runs"], 3])
+def test_what_is_no_path_is_one_message(path: Any) -> None:
+    with pytest.raises(UsageError, match=r"open_run\(.*\): name one run folder"):
+        trainkit.open_run(path)
+
+
+@pytest.mark.parametrize(
+    "summary, message",
+    [
+        ({}, "it has no status"),
+        (SUMMARY | {"eval": "y"}, 'eval is "y"'),
+        (SUMMARY | {"eval": {"loss": "low"}}, "eval is {"),
+        (SUMMARY | {"error": "e"}, 'error is "e"'),
+    ],
+)
+def test_a_summary_of_another_kind_is_told_beside_the_rest(summary: dict[str, Any], message: str, folder: RunFolder) -> None:
+    folder.write_summary(summary)
+    run = trainkit.open_run(folder.path)
+    assert "damaged" in repr(run) and message in repr(run) and "3 steps" in repr(run)
+    for look in (lambda: run.status, lambda: run.summary, lambda: run.evaluations):
+        with pytest.raises(UsageError, match=r"summary\.json: damaged.*Leave this run out"):
+            look()
+
+
+def test_a_plan_with_a_nonsensical_value_is_told_beside_the_rest(folder: RunFolder) -> None:
+    folder.write_plan(folder.read_plan() | {"total_steps": None})
+    assert "total_steps is null" in repr(trainkit.open_run(folder.path))
+
+
+def test_the_peak_is_that_of_all_steps_with_as_many_workers_as_now(folder: RunFolder) -> None:
+    peaks = ([9.0, 9.0, 9.0], [3.0, 0.25], [0.5, 4.0])
+    write_steps(folder, *(step(number, peak_memory_gib=peak) for number, peak in enumerate(peaks, start=1)))
+    assert "3.00 and 4.00 GiB, rank by rank" in repr(trainkit.open_run(folder.path))
 
 
 # Pictures
@@ -218,8 +283,9 @@ def test_runs_are_compared_as_table_frame_and_picture(folder: RunFolder) -> None
     assert "<td" in found._repr_html_() and "unfinished" in found._repr_html_()
     assert found.plot()._repr_png_().startswith(b"\x89PNG")
     assert trainkit.compare("runs").frame.equals(found.frame)
-    with pytest.raises(UsageError, match="no such run folder"):
-        trainkit.compare("nowhere")
+    for named, message in ((["nowhere"], "no such run folder"), ([], "no run is named")):
+        with pytest.raises(UsageError, match=message):
+            trainkit.compare(*named)
 
 
 # Watching

@@ -96,7 +96,7 @@ def test_a_killed_command_worked_until_its_last_sign_of_life(tmp_path: Path) -> 
 
 def test_steps_that_nobody_timed_leave_the_time_unknown(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run")
-    folder.steps_path.write_text('{"step": 1}\n')
+    folder.steps_path.write_text('{"step": 1, "loss": 1.0, "samples": 8, "tokens": 99, "seconds": 0.5}\n')
     for _ in range(2):
         worked = WorkedTime(folder, time.time() - 5)
         assert worked.before is None and worked.seconds() == 0.0

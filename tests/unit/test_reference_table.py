@@ -216,3 +216,36 @@ def test_too_few_steps_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         reference.main(["--steps", "5"])
     assert ended.value.code == 2 and "the first 5 are not measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "gpus, options, message",
+    [
+        (0, ["--data", "nope"], "every row trains the quickstart's data. Name --models too, or leave it away"),
+        (2, ["--data", "nope"], "--data nope: no such folder"),
+        (2, ["--runs", "file"], "--runs file: cannot be a folder of runs: File exists. Name another"),
+        (2, ["--runs", "file/runs"], "--runs file/runs: cannot be a folder of runs: Not a directory. Name another"),
+        (0, ["--models", "nope"], "--models nope: no config.json in t5-small, t5-large, t5-3b"),
+        (0, ["--models", "some"], "--models some: no config.json in t5-large, t5-3b"),
+    ],
+)
+def test_what_no_row_could_run_with_is_told_at_once(
+    gpus: int,
+    options: list[str],
+    message: str,
+    commands: Callable[..., Commands],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    called = commands()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reference, "devices", lambda: (gpus, 4))
+    Path("file").touch()
+    Path("some/t5-small").mkdir(parents=True)
+    Path("some/t5-small/config.json").touch()
+    with pytest.raises(SystemExit) as ended:
+        reference.main(options)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and message in printed.err and "Traceback" not in printed.err
+    assert called.called == [] and printed.out == ""

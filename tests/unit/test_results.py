@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,34 @@ def test_what_is_not_known_of_the_commit_is_not_claimed(tmp_path: Path) -> None:
     assert "transformers 5.17.0; trainkit 0.1.0, commit unknown\n" in said
 
 
+@pytest.mark.parametrize(
+    "recipe, changes, said",
+    [
+        ("llama_lora_zero2", ["model.lora=null"], "model.lora=null"),
+        ("t5_small_zero1", ["model.lora={r: 4}"], "model.lora.r=4"),
+    ],
+)
+def test_a_section_that_only_one_of_recipe_and_run_has_is_a_change(recipe: str, changes: list[str], said: str, tmp_path: Path) -> None:
+    plant(tmp_path, "a", *changes, recipe=recipe)
+    line = next(line for line in results(tmp_path).stdout.splitlines() if line.startswith("- `a`: the recipe"))
+    assert said in line.replace("`", " ").split() and "absent" not in line
+
+
+def test_a_key_that_the_run_does_not_have_is_a_change(tmp_path: Path) -> None:
+    folder = plant(tmp_path, "a", recipe="t5_small_zero1")
+    recipe = (folder.path / "recipe.yaml").read_text()
+    (folder.path / "recipe.yaml").write_text("".join(line for line in recipe.splitlines(True) if "warmup_steps" not in line))
+    assert "optimizer.warmup_steps=absent" in results(tmp_path).stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(runs: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, SCRIPT, runs], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_what_was_left_out_is_told_beside_the_tables(runs: Path) -> None:
     (runs / "pictures").mkdir()
     assert results(runs).stderr == "pictures is no run folder and left out\n"
@@ -88,9 +117,17 @@ def test_a_file_without_its_marks_is_left_as_it_is(text: str, runs: Path, tmp_pa
     assert file.read_text() == text
 
 
-@pytest.mark.parametrize("case, message", [("recipe", "there is no recipes/own.yaml"), ("environment", "has no environment.json")])
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("recipe", "there is no recipes/own.yaml"),
+        ("environment", "has no environment.json"),
+        ("version", "environment.json: damaged, or of another version of trainkit: it has no python. Leave this run out"),
+    ],
+)
 def test_a_figure_without_its_recipe_or_place_is_refused(case: str, message: str, tmp_path: Path) -> None:
-    plant(tmp_path, "a", *(["name=own"] if case == "recipe" else []), environment=None if case == "environment" else ENVIRONMENT)
+    environment = {"environment": None, "version": {"gpus": []}}.get(case, ENVIRONMENT)
+    plant(tmp_path, "a", *(["name=own"] if case == "recipe" else []), environment=environment)
     done = results(tmp_path)
     assert done.returncode == 1 and message in done.stderr and done.stdout == "" and "Traceback" not in done.stderr
 

@@ -117,7 +117,8 @@ class _Run:
         self._check_data(prepared, checkpoint)
         startup.begin(self.folder, time.time() if self.failures else self.worked.began)
         attempt, self.oom_kills = self.folder.begin_attempt(done < self.plan.total_steps), hardware.oom_kills()
-        self.folder.keep_steps(done)
+        for note in self.folder.keep_steps(done):
+            self._say(note, "yellow")
         if done or attempt > 1 or self.failures:
             self._say(f"going on from step {done}" if done else "no checkpoint yet: beginning again", "dim")
         if (note := untraced(self.recipe.train.profile, done)) is not None:
@@ -263,7 +264,8 @@ class _Run:
         return self.folder.ray / "first_weights.safetensors"
 
     def _stopping(self) -> None:
-        if len(self.folder.read_steps()) <= self.done:  # nothing has been trained that an end after this step would keep
+        steps = self.folder.read_steps()
+        if not steps or steps[-1]["step"] <= self.done:  # nothing has been trained that an end after this step would keep
             raise KeyboardInterrupt
         self.folder.request_stop()
         self.console.print("Stopping at the end of this step. Once more stops at once.", style="yellow")

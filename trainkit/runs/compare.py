@@ -5,22 +5,21 @@ What ran out of memory is a result and not a gap. What a folder lacks stays unkn
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trainkit.errors import DoesNotFit, OutOfMemory, UsageError
+from trainkit.errors import DoesNotFit, OutOfMemory, TrainkitError, UsageError
 from trainkit.recipe.reader import read_values
 from trainkit.runs.finding import find_runs
-from trainkit.runs.totals import totals
+from trainkit.runs.reading import PLAN, SUMMARY, WAY_OUT, read_object, read_steps, world_sizes
+from trainkit.runs.totals import highest, totals
 from trainkit.units import gib
 
 UNFINISHED = "unfinished"
 _OUT_OF_MEMORY = (OutOfMemory.__name__, DoesNotFit.__name__)
-_STEP_NUMBERS = ("step", "loss", "samples", "tokens", "seconds")
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,26 @@ class Row:
         return self.error in _OUT_OF_MEMORY
 
 
-def read_rows(named: Sequence[Path]) -> tuple[list[Row], list[str]]:
+def read_rows(named: Sequence[str | Path]) -> tuple[list[Row], list[str]]:
     """The runs in these folders, folders of runs and globs, each once, and what a reader must know about them together.
 
-    Raises UsageError for what is no run, RecipeError for a recipe.yaml that cannot be read.
+    A damaged run that a folder or a glob brought along is left out and told. Raises UsageError for what is no run, and what read_row
+    raises for a run that was named itself, or where no run is left.
     """
-    folders, notes = find_runs(named)
-    rows = _told_apart([read_row(folder) for folder in folders])
+    found, notes = find_runs(named)
+    rows: list[Row] = []
+    left_out: list[TrainkitError] = []
+    for run in found:
+        try:
+            rows.append(read_row(run.folder))
+        except TrainkitError as error:
+            if run.is_named:
+                raise
+            left_out.append(error)
+            notes.append(f"left out: {error.message.removesuffix(WAY_OUT)}")
+    if left_out and not rows:
+        raise left_out[0]
+    rows = _told_apart(rows)
     return rows, [*notes, *notes_of(rows)]
 
 
@@ -77,16 +89,16 @@ def read_row(folder: Path) -> Row:
 
     Raises UsageError for a file that is damaged or not of this kind, RecipeError for recipe.yaml.
     """
-    name, plan, recipe = folder.resolve().name, _read_json(folder / "plan.json"), read_values(folder / "recipe.yaml")
+    name, recipe = folder.resolve().name, read_values(folder / "recipe.yaml")
+    plan = read_object(folder / "plan.json", PLAN, [key for key in PLAN if key != "expected_peak_bytes"])  # earlier versions lack that one
     steps, notes = read_steps(folder / "steps.jsonl")
     ended = (folder / "summary.json").is_file()
+    summary = read_object(folder / "summary.json", SUMMARY, SUMMARY) if ended else _so_far(plan, steps)
+    if not notes and len(steps) != summary["steps"]:
+        notes.append(f"steps.jsonl holds {len(steps)} steps of the {summary['steps']} that were taken")
+    notes += [*_other_workers(steps), *_how_it_ended(summary)]
+    error, peaks, planned = summary["error"] or {}, summary["peak_memory_gib"], planned_bytes(plan)
     try:
-        summary = _read_json(folder / "summary.json") if ended else _so_far(plan, steps)
-        if ended and not notes and len(steps) != summary["steps"]:
-            notes.append(f"steps.jsonl holds {len(steps)} steps, and summary.json counts {summary['steps']}")
-        notes += _how_it_ended(summary)
-        error = summary["error"] or {}
-        peaks, planned = summary["peak_memory_gib"], planned_bytes(plan)
         return Row(
             run=name,
             model=last_parts(recipe["model"]["path"]),
@@ -103,7 +115,7 @@ def read_row(folder: Path) -> Row:
             samples_per_second=summary["samples_per_second"],
             tokens_per_second=summary["tokens_per_second"],
             mfu=summary["mfu"],
-            peak_gib=max(peaks) if peaks else None,
+            peak_gib=highest(peaks) if peaks else None,
             planned_gib=None if planned is None else gib(planned),
             train_loss=summary["train_loss"],
             eval_loss=(summary["eval"] or {}).get("loss"),
@@ -114,36 +126,12 @@ def read_row(folder: Path) -> Row:
             eval_data=_data(recipe["data"], "eval"),
             on_gpu=plan["use_gpu"],
             folder=folder,
-            environment=_read_json(folder / "environment.json") if (folder / "environment.json").is_file() else {},
+            environment=read_object(folder / "environment.json", {}, ()) if (folder / "environment.json").is_file() else {},
             curve=_curve(steps),
             notes=tuple(f"{name}: {note}" for note in notes),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
-        raise UsageError(
-            f"{folder}: plan.json, recipe.yaml or summary.json is not as trainkit writes it ({type(fault).__name__}: {fault}). "
-            "Leave this run out"
-        ) from fault
-
-
-def read_steps(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The steps in a steps.jsonl, and a sentence for each line that is none and was left out.
-
-    A last line without its end is being written, or its process was killed: that is no damage. A run without the file took no step.
-    """
-    if not path.is_file():
-        return [], []
-    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
-    steps: list[dict[str, Any]] = []
-    faults = []
-    for number, line in enumerate(lines, start=1):
-        step = _step(line)
-        if step is None:
-            faults.append(f"{path.name}:{number} is damaged and left out")
-        elif steps and step["step"] <= steps[-1]["step"]:
-            faults.append(f"{path.name}:{number} holds step {step['step']} after step {steps[-1]['step']} and is left out")
-        else:
-            steps.append(step)
-    return steps, faults
+        raise UsageError(f"{folder / 'recipe.yaml'}: not as trainkit writes it ({type(fault).__name__}: {fault}){WAY_OUT}") from fault
 
 
 def technique(plan: Mapping[str, Any], lora: bool) -> str:
@@ -173,27 +161,6 @@ def last_parts(path: str) -> str:
 # What the files say
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: damaged, not JSON: {error}. Leave this run out") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: damaged, no JSON object. Leave this run out")
-    return value
-
-
-def _step(line: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    whole = isinstance(value, dict) and all(isinstance(value.get(key), int | float) for key in _STEP_NUMBERS)
-    return value if whole else None
-
-
 def _so_far(plan: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What summary.json would say of these steps; what only an end brings is unknown."""
     return totals(steps, plan["rows"]) | {"status": UNFINISHED} | dict.fromkeys(("wall_seconds", "eval", "error"))
@@ -221,6 +188,19 @@ def _told_apart(rows: Sequence[Row]) -> list[Row]:
     """Runs of one name in several folders get the folder's name in front."""
     times = Counter(row.run for row in rows)
     return [replace(row, run=f"{row.folder.parent.name}/{row.run}") if times[row.run] > 1 else row for row in rows]
+
+
+def _other_workers(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """steps.jsonl tells how many workers took a step, and not their ZeRO stage."""
+    *before, last = world_sizes(steps) or [(0, 0, 0)]
+    told = ", ".join(f"steps {first} to {end} with {_workers(workers)}" for first, end, workers in before)
+    return [
+        f"trained {told}, since then with {_workers(last[2])}: rates and loss are of all, peak, technique and workers of the last"
+    ] * bool(told)
+
+
+def _workers(number: int) -> str:
+    return f"{number} worker{'s' * (number > 1)}"
 
 
 def _how_it_ended(summary: Mapping[str, Any]) -> list[str]:

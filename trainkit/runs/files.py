@@ -71,7 +71,7 @@ def write_whole(path: Path, text: str, durable: bool = True) -> None:
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Of a file of JSON lines, up to the first that is cut off."""
+    """Of a file of JSON lines that nothing is counted from, up to the first that is cut off."""
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:

@@ -5,20 +5,34 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainkit.errors import UsageError
 
 
-def find_runs(named: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Their folders, each once, in the order in which they are named, and what was left out. Raises UsageError for what is no run."""
+@dataclass(frozen=True)
+class Found:
+    folder: Path
+    is_named: bool  # itself, and not by the folder around it or by a glob
+
+
+def find_runs(named: Sequence[str | Path]) -> tuple[list[Found], list[str]]:
+    """Their folders, each once, in the order in which they are named, and what was left out.
+
+    Raises UsageError for what is no run, and where nothing is named.
+    """
+    wrong = [repr(path) for path in named if not isinstance(path, str | Path) or path == ""]
+    if wrong or not named:
+        raise UsageError(f"{f'{wrong[0]} is no folder' if wrong else 'no run is named'}. Name run folders, or folders of run folders")
     notes: list[str] = []
-    found: dict[Path, None] = {}
-    for folder in (folder.resolve() for path in named for folder in _runs_at(path, notes.append)):
-        if folder in found:
-            notes.append(f"{folder.name} is named twice and shown once")
-        found[folder] = None
-    return list(found), notes
+    found: dict[Path, bool] = {}
+    for path in map(Path, named):
+        for folder in (folder.resolve() for folder in _runs_at(path, notes.append)):
+            if folder in found:
+                notes.append(f"{folder.name} is named twice and shown once")
+            found[folder] = found.get(folder, False) or is_run(path)
+    return [Found(folder, is_named) for folder, is_named in found.items()], notes
 
 
 def is_run(folder: Path) -> bool:

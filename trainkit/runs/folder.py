@@ -14,6 +14,7 @@ beside its place, flushed to the disk, then moved.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from typing import IO, Any
 
 from trainkit.errors import UsageError
 from trainkit.runs.files import Lock, whole_lines, write_whole
+from trainkit.runs.reading import read_steps
 
 PREDECESSOR_SECONDS = 30.0  # to wait for: a rank 0 whose command was killed went on writing for 1.8 s
 LEASE_SECONDS = 120.0  # after which a file server gives up the locks of a node that is gone
@@ -133,15 +135,24 @@ class RunFolder:
         return self.path / "steps.jsonl"
 
     def read_steps(self) -> list[dict[str, Any]]:
-        """All complete lines of steps.jsonl; a line cut off by a killed process is left out."""
-        return whole_lines(self.steps_path)
+        """All steps of steps.jsonl; a line cut off by a killed process, or damaged, is left out."""
+        return read_steps(self.steps_path)[0]
 
-    def keep_steps(self, done: int) -> None:
-        """Take out the steps after `done`, which an earlier attempt took and no checkpoint has kept. What follows is a new attempt's."""
+    def keep_steps(self, done: int) -> list[str]:
+        """Take out the steps after `done`, which an earlier attempt took and no checkpoint has kept.
+
+        What follows is a new attempt's. Damaged lines go too. The file with them is kept beside it, and told in the sentences that are returned.
+        """
         write_whole(self.ray / "kept", str(done), durable=False)
-        if self.steps_path.exists():
-            kept = [json.dumps(step) + "\n" for step in self.read_steps() if step["step"] <= done]
-            write_whole(self.steps_path, "".join(kept))
+        if not self.steps_path.exists():
+            return []
+        steps, faults = read_steps(self.steps_path)
+        if faults:
+            kept = _free(self.path / "steps.jsonl.damaged")
+            shutil.copyfile(self.steps_path, kept)
+            faults.append(f"the file as it was is kept as {kept}")
+        write_whole(self.steps_path, "".join(json.dumps(step) + "\n" for step in steps if step["step"] <= done))
+        return faults
 
     def kept_steps(self) -> int:
         """How many steps the newest attempt began with."""
@@ -336,6 +347,11 @@ def _make_named(storage: Path, name: str) -> Path:
     except FileExistsError:
         raise _taken(path) from None
     return path
+
+
+def _free(path: Path) -> Path:
+    """This one, or with the first number behind it that no file has: what was kept before stays."""
+    return next(free for number in itertools.count(1) if not (free := Path(f"{path}-{number}" if number > 1 else path)).exists())
 
 
 def _taken(path: Path) -> UsageError:

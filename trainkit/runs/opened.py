@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -17,9 +16,10 @@ from trainkit.errors import UsageError
 from trainkit.planning.planner import Plan
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
-from trainkit.runs.compare import planned_bytes, read_steps
+from trainkit.runs.compare import planned_bytes
 from trainkit.runs.files import is_locked
 from trainkit.runs.folder import RunFolder
+from trainkit.runs.reading import PLAN, SUMMARY, read_object, read_steps
 from trainkit.units import format_count, format_seconds, gib
 
 if TYPE_CHECKING:
@@ -63,16 +63,17 @@ class Run:
     @property
     def plan(self) -> Plan | None:
         """None where the run ended before it was written. Raises UsageError for a damaged one, or one of another version."""
-        values = self._json("plan.json")
+        path = self.path / "plan.json"
         try:
-            return None if values is None else Plan.from_json(values)
+            return Plan.from_json(read_object(path, PLAN, ())) if path.exists() else None
         except (TypeError, KeyError) as error:
-            raise UsageError(f"{self.path / 'plan.json'}: of another version of trainkit: {error}") from None
+            raise UsageError(f"{path}: of another version of trainkit: {error}") from None
 
     @property
     def summary(self) -> dict[str, Any] | None:
         """None while the run has not ended, and of one that was killed. Raises UsageError for a damaged one."""
-        return self._json("summary.json")
+        path = self.path / "summary.json"
+        return read_object(path, SUMMARY, ["status"]) if path.exists() else None
 
     @property
     def steps(self) -> pandas.DataFrame:
@@ -87,13 +88,20 @@ class Run:
 
     @property
     def evaluations(self) -> pandas.DataFrame:
-        """Loss and metrics of every evaluation, a row per step, out of the TensorBoard curves; without these the last one."""
+        """Loss and metrics of every evaluation, a row per step, out of the TensorBoard curves; without these the last one.
+
+        Warns of a file of curves that cannot be read to its end, unless the run still writes it.
+        """
         import pandas
 
         from trainkit.training.curves import read_curves
 
         frame = pandas.DataFrame(read_curves(self.path / "tensorboard", "eval/")).sort_index()
         last = (self.summary or {}).get("eval") or {}
+        for path in (
+            [] if self.status == "running" else filter(_is_damaged, sorted((self.path / "tensorboard").glob("events.out.tfevents.*")))
+        ):
+            warnings.warn(f"{self.name}: {path.name} is damaged or cut off: evaluations behind this place are missing", stacklevel=2)
         if frame.empty and last:
             return pandas.DataFrame([last]).set_index("step")
         return frame.rename_axis("step")
@@ -171,20 +179,11 @@ class Run:
             table.add_row(Text(name, style="dim"), Text(value))
         return table
 
-    def _json(self, name: str) -> dict[str, Any] | None:
-        try:
-            values = json.loads((self.path / name).read_text("utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise UsageError(f"{self.path / name}: damaged: {error}") from None
-        if not isinstance(values, dict):
-            raise UsageError(f"{self.path / name}: damaged: no object in braces")
-        return values
-
 
 def open_folder(path: str | Path) -> RunFolder:
     """Raises UsageError for what is no run folder, naming the runs in it or beside it."""
+    if not isinstance(path, str | Path) or path == "":
+        raise UsageError(f"open_run({path!r}): name one run folder, as text or as a Path")
     folder = Path(path)
     if any((folder / name).is_file() for name in _MARKS):
         return RunFolder(folder.absolute())
@@ -197,6 +196,21 @@ def shown_path(path: Path) -> str:
     """Relative where it lies in the working directory."""
     absolute = path.absolute()
     return os.path.relpath(absolute) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+
+
+def _is_damaged(events: Path) -> bool:
+    """TensorBoard ends reading a file of curves where a record of it is damaged, and says nothing. About 0.1 s for a megabyte."""
+    from tensorboard.compat.tensorflow_stub.errors import DataLossError, OutOfRangeError
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+    records = PyRecordReader_New(str(events))
+    try:
+        while True:
+            records.GetNext()
+    except OutOfRangeError:
+        return False
+    except DataLossError:
+        return True
 
 
 def _version(path: Path) -> object:
@@ -229,12 +243,18 @@ def _flat(step: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _progress(steps: pandas.DataFrame, plan: Plan | None) -> dict[str, str]:
-    last, seconds = steps.iloc[-1], steps["seconds"].sum()
-    peaks = last[[name for name in steps.columns if name.startswith("peak_memory_gib/")]].dropna()
+    last, seconds, peaks = steps.iloc[-1], steps["seconds"].sum(), _peaks(steps)
     each = " and ".join(f"{peak:.2f}" for peak in peaks)
+    memory = f"{each} GiB, rank by rank" if len(peaks) <= _FEW_RANKS else f"{peaks.max():.2f} GiB on the fullest rank"
     return {
         "trained": f"{steps.index[-1]:,} steps" + (f" of {plan.total_steps:,}" if plan is not None else ""),
         "loss": f"{last['loss']:.4f} at the last step",
         "speed": f"{format_count(steps['tokens'].sum() / seconds)} tokens/s over {format_seconds(seconds)} of steps",
-        "peak memory": f"{each} GiB, rank by rank" if len(peaks) <= _FEW_RANKS else f"{peaks.max():.2f} GiB on the fullest rank",
-    }
+    } | ({} if peaks.empty else {"peak memory": memory})
+
+
+def _peaks(steps: pandas.DataFrame) -> pandas.Series[float]:
+    """GiB of each rank over all steps with as many workers as the last one had: a resumed run measures anew."""
+    of_ranks = steps[[name for name in steps.columns if name.startswith("peak_memory_gib/")]]
+    is_there = of_ranks.notna()
+    return of_ranks[(is_there == is_there.iloc[-1]).all(axis=1)].max().dropna()

@@ -48,37 +48,54 @@ def figure(rows: Sequence[Row]) -> Picture:
 
 
 def _draw_losses(axes: Any, rows: Sequence[Row]) -> None:
-    """Runs of one training lie on each other: the lower ones are wider and show at the rim, and each has a mark where it ended."""
+    """Runs of one training lie on each other: the lower ones are wider and show at the rim, and each has a mark where it ended.
+
+    Where losses begin to be no numbers, a line says so.
+    """
+    lines, names = [], []
     for place, row in enumerate(rows):
         samples, losses = [point[0] for point in row.curve], [point[1] for point in row.curve]
         window = max(1, len(losses) // SMOOTHED_PARTS)
         middles, means = samples[(window - 1) // 2 : len(samples) - window // 2], _running_mean(losses, window)
         if window > 1:
             axes.plot(samples, losses, color=_color(place), alpha=0.2, linewidth=0.8)
-        axes.plot(
+        lines += axes.plot(
             middles,
             means,
             color=_color(place),
             linestyle=_STYLES[place // _NUM_COLORS % len(_STYLES)],
             linewidth=1.2 + 2.5 * (len(rows) - 1 - place) / len(rows),
-            label=_label(row) + ("" if row.status == "completed" else f": {ended(row)}") + ("" if losses else ", no steps"),
         )
+        names.append(_label(row) + ("" if row.status == "completed" else f": {ended(row)}") + ("" if losses else ", no steps"))
+        _mark_no_numbers(axes, row, _color(place))
         ending = [point for point in zip(middles, means, strict=True) if math.isfinite(point[1])][-1:]
         mark = "o" if row.status == "completed" else "X"
         axes.plot(*zip(*ending, strict=True), color=_color(place), marker=mark, markersize=7, zorder=3)
     axes.set(xlabel="samples trained", ylabel="training loss", title=_losses_title(rows))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper right", ncols=1 + len(rows) // 12)  # where falling losses leave room
+    numbers = [str(place) for place in range(len(rows))]  # the names follow: as labels, those with an underscore in front would be hidden
+    legend = axes.legend(lines, numbers, fontsize="small", loc="upper right", ncols=1 + len(rows) // 12)  # where falling losses leave room
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)
+
+
+def _mark_no_numbers(axes: Any, row: Row, color: str) -> None:
+    before = 0.0
+    for samples, loss in row.curve:
+        if not math.isfinite(loss) and math.isfinite(before):
+            axes.axvline(samples, color=color, linestyle=":")
+            axes.annotate(f" {loss}", (samples, 0.5), xycoords=("data", "axes fraction"), color=color)
+        before = loss
 
 
 def _draw_speed(axes: Any, rows: Sequence[Row]) -> None:
     for place, row in enumerate(rows):
-        rate = row.samples_per_second
-        axes.barh(place, rate or 0, color=_color(place), height=0.6)
-        _write_beside(axes, place, rate or 0, OOM if row.out_of_memory and rate is None else significant(rate))
+        rate = None if row.out_of_memory else row.samples_per_second
+        axes.barh(place, _length(rate), color=_color(place), height=0.6)
+        _write_beside(axes, place, rate, OOM if row.out_of_memory else significant(rate))
     axes.set(xlabel="samples/s")
-    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows], parse_math=False)
     axes.invert_yaxis()  # the first run on top, as in the table
     _tidy(axes)
 
@@ -86,18 +103,23 @@ def _draw_speed(axes: Any, rows: Sequence[Row]) -> None:
 def _draw_memory(axes: Any, rows: Sequence[Row]) -> None:
     for place, row in enumerate(rows):
         measured = None if row.out_of_memory else row.peak_gib
-        axes.barh(place - 0.17, measured or 0, color=_color(place), height=0.34)
-        axes.barh(place + 0.17, row.planned_gib or 0, color="none", edgecolor=_color(place), hatch="////", height=0.34)
-        _write_beside(axes, place - 0.17, measured or 0, OOM if row.out_of_memory else significant(measured))
-        _write_beside(axes, place + 0.17, row.planned_gib or 0, significant(row.planned_gib))
+        axes.barh(place - 0.17, _length(measured), color=_color(place), height=0.34)
+        axes.barh(place + 0.17, _length(row.planned_gib), color="none", edgecolor=_color(place), hatch="////", height=0.34)
+        _write_beside(axes, place - 0.17, measured, OOM if row.out_of_memory else significant(measured))
+        _write_beside(axes, place + 0.17, row.planned_gib, significant(row.planned_gib))
     on_cpu = "" if all(row.on_gpu for row in rows) else " (on a CPU: resident memory)"
     axes.set(xlabel=f"GiB per worker: peak{on_cpu}, planned hatched")
     axes.tick_params(labelleft=False, left=False)
     _tidy(axes)
 
 
-def _write_beside(axes: Any, place: float, length: float, text: str) -> None:
-    axes.annotate(text, (length, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize="small")
+def _length(value: float | None) -> float:
+    """Of a bar: none for what is not known, or no number."""
+    return value if value is not None and math.isfinite(value) else 0.0
+
+
+def _write_beside(axes: Any, place: float, value: float | None, text: str) -> None:
+    axes.annotate(text, (_length(value), place), xytext=(4, 0), textcoords="offset points", va="center", fontsize="small")
 
 
 def _tidy(axes: Any) -> None:

@@ -47,17 +47,20 @@ COLUMNS = (
     Column("samples_per_step", "samples\na step", lambda row: f"{row.samples_per_step:,}", is_wish=True),
     Column("steps", "steps", lambda row: _reached(row)),
     Column("epochs", "epochs", lambda row: _written(row.epochs, ".3g")),
-    Column("seconds", "seconds", lambda row: OOM if row.out_of_memory else _written(row.seconds, ",.1f")),
+    Column("seconds", "seconds", lambda row: _unless_oom(row, _written(row.seconds, ",.1f"))),
     Column("wall_seconds", "command\nseconds", lambda row: _written(row.wall_seconds, ",.0f")),
-    Column("samples_per_second", "samples/s", lambda row: significant(row.samples_per_second)),
-    Column("tokens_per_second", "tokens/s", lambda row: significant(row.tokens_per_second)),
-    Column("mfu", "MFU", lambda row: _written(row.mfu, ".1%")),
-    Column("peak_gib", "peak\nGiB", lambda row: OOM if row.out_of_memory else _written(row.peak_gib, ".2f")),
+    Column("samples_per_second", "samples/s", lambda row: _unless_oom(row, significant(row.samples_per_second))),
+    Column("tokens_per_second", "tokens/s", lambda row: _unless_oom(row, significant(row.tokens_per_second))),
+    Column("mfu", "MFU", lambda row: _unless_oom(row, _written(row.mfu, ".1%"))),
+    Column("peak_gib", "peak\nGiB", lambda row: _unless_oom(row, _written(row.peak_gib, ".2f"))),
     Column("planned_gib", "planned\nGiB", lambda row: _written(row.planned_gib, ".2f")),
-    Column("train_loss", "training\nloss", lambda row: _written(row.train_loss, ".4f")),
-    Column("eval_loss", "evaluation\nloss", lambda row: _written(row.eval_loss, ".4f")),
+    Column("train_loss", "training\nloss", lambda row: _unless_oom(row, _written(row.train_loss, ".4f"))),
+    Column("eval_loss", "evaluation\nloss", lambda row: _unless_oom(row, _written(row.eval_loss, ".4f"))),
     Column("status", "status", lambda row: ended(row), is_number=False),
 )
+
+
+_MEASURED = ("seconds", "samples_per_second", "tokens_per_second", "mfu", "peak_gib", "train_loss", "eval_loss")  # while steps were taken
 
 
 def ended(row: Row) -> str:
@@ -106,7 +109,7 @@ def record(row: Row) -> dict[str, Any]:
     """For CSV and data frames. What was measured until memory ran out says nothing about the whole and stays away."""
     values = {column.field: getattr(row, column.field) for column in COLUMNS}
     if row.out_of_memory:
-        values |= {"seconds": None, "peak_gib": None}
+        values |= dict.fromkeys(_MEASURED)
     return values | {"status": ended(row), "planned_steps": row.planned_steps}
 
 
@@ -169,6 +172,10 @@ def _in_line(text: str) -> str:
 
 def _reached(row: Row) -> str:
     return f"{row.steps:,}" if row.steps == row.planned_steps else f"{row.steps:,} of {row.planned_steps:,}"
+
+
+def _unless_oom(row: Row, text: str) -> str:
+    return OOM if row.out_of_memory else text
 
 
 def _written(number: float | None, how: str) -> str:
