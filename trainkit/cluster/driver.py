@@ -122,7 +122,7 @@ class _Run:
         if done or attempt > 1 or self.failures:
             self._say(f"going on from step {done}" if done else "no checkpoint yet: beginning again", "dim")
         if (note := untraced(self.recipe.train.profile, done)) is not None:
-            self._say(note, "yellow")
+            self._say(told, "yellow")
         asked = Launch(
             recipe=self.recipe,
             plan=self.plan,

@@ -141,7 +141,7 @@ class RunFolder:
     def keep_steps(self, done: int) -> list[str]:
         """Take out the steps after `done`, which an earlier attempt took and no checkpoint has kept.
 
-        What follows is a new attempt's. Damaged lines go too. The file with them is kept beside it, and told in the sentences that are returned.
+        What follows is a new attempt's. Damaged lines go too: the file with them is kept beside it, which the sentences returned say.
         """
         write_whole(self.ray / "kept", str(done), durable=False)
         if not self.steps_path.exists():

@@ -146,7 +146,7 @@ def compare(*runs: str | Path | Run) -> Comparison:
 
     Raises UsageError for what is no run, or is damaged.
     """
-    rows, notes = read_rows([run.path if isinstance(run, Run) else Path(run) for run in runs])
+    rows, notes = read_rows([run.path if isinstance(run, Run) else run for run in runs])
     return Comparison(tuple(rows), tuple(notes))
 
 
