@@ -52,7 +52,7 @@ def test_verbose_tells_how_far_each_rank_was_fed_also_when_the_attempt_failed() 
 
 
 def line(step: int, loss: float, tokens: int, seconds: float) -> dict[str, Any]:
-    numbers = {"step": step, "loss": loss, "tokens": tokens, "seconds": seconds, "data_wait_seconds": 0.0}
+    numbers = {"step": step, "loss": loss, "samples": 1, "tokens": tokens, "seconds": seconds, "data_wait_seconds": 0.0}
     return numbers | {"mfu": None, "peak_memory_gib": [1.0]}
 
 

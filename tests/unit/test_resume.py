@@ -316,6 +316,7 @@ def test_a_resumed_run_tells_of_a_window_that_lies_behind_it(storage: Path, monk
     monkeypatch.setattr("trainkit.cluster.driver.launch", lambda *args: {"status": "completed"})
     run = MagicMock(recipe=recipe, folder=begun(recipe), failures=[], verbose=False, plan=SimpleNamespace(total_steps=470))
     run._say = lambda text, style: said.append(text)
+    run.worked.began = 0.0
     run.folder.begin_attempt()
     for checkpoint in (Checkpoint(storage / "step-000001"), Checkpoint(storage / "step-000004")):
         _Run._attempt(run, None, checkpoint)

@@ -117,12 +117,12 @@ class _Run:
         self._check_data(prepared, checkpoint)
         startup.begin(self.folder, time.time() if self.failures else self.worked.began)
         attempt, self.oom_kills = self.folder.begin_attempt(done < self.plan.total_steps), hardware.oom_kills()
-        for note in self.folder.keep_steps(done):
-            self._say(note, "yellow")
+        for told in self.folder.keep_steps(done):
+            self._say(told, "yellow")
         if done or attempt > 1 or self.failures:
             self._say(f"going on from step {done}" if done else "no checkpoint yet: beginning again", "dim")
         if (note := untraced(self.recipe.train.profile, done)) is not None:
-            self._say(told, "yellow")
+            self._say(note, "yellow")
         asked = Launch(
             recipe=self.recipe,
             plan=self.plan,
