@@ -46,8 +46,8 @@ def test_killing_the_actor_changes_nothing(tmp_path: Path, kills: int) -> None:
             out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
         if name == "undisturbed":
-            table = out[out.index("handed out by the DataDistributor:") :].splitlines()[2:4]
-            assert [line.split()[:2] + line.split()[4:5] for line in table] == [[str(rank), str(STEPS), "0"] for rank in (0, 1)]
+            table = out[out.index("handed out ahead of training by the DataDistributor:") :].splitlines()[2:4]
+            assert [line.split()[:2] + line.split()[3:4] for line in table] == [[str(rank), str(STEPS), "0"] for rank in (0, 1)]
         left[name] = [(step["loss"], step["grad_norm"], step["lr"], step["order"]) for step in folder.read_steps()]
     assert len(left["undisturbed"]) == STEPS and left["disturbed"] == left["undisturbed"]
     assert sum(0 < steps < STEPS for steps in killed_at) >= kills // 2, "while it was training"
