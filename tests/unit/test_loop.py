@@ -267,3 +267,11 @@ def test_the_thread_that_reads_the_numbers_works_on_the_ranks_own_gpu(monkeypatc
         ledger.reader.submit(lambda: None).result()
         ledger.close()
     assert [(name.split("_")[0], device) for name, device in chosen] == [("meters", torch.device("cuda", 1))]
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_wait_for_data_behind_the_step_before_costs_nothing(hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainkit.training.loop.Stopwatch.runs_on", lambda self: hidden)
+    records: list[StepRecord] = []
+    run(Engine(), records, steps=3)
+    assert all((record.data_wait_seconds == 0.0) is hidden for record in records) and len(records) == 3

@@ -36,6 +36,15 @@ def test_laps_of_one_name_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stopwatch.seconds() == {FORWARD: 1.5, BACKWARD: 2.5, OPTIMIZER: 4.0}
 
 
+def test_a_gpu_runs_on_until_it_has_come_to_the_last_mark() -> None:
+    stopwatch = Stopwatch(CPU)
+    assert not stopwatch.runs_on()
+    stopwatch.device = torch.device("cuda")
+    for reached in (False, True):
+        stopwatch.marks.append((OPTIMIZER, SimpleNamespace(query=lambda reached=reached: reached)))
+        assert stopwatch.runs_on() is not reached
+
+
 def test_a_process_tells_its_resident_memory_and_asks_what_is_held_until_a_step_was_applied() -> None:
     answers = iter([Held(parameters=40), Held(parameters=40, optimizer=120)])
 

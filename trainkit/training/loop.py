@@ -74,11 +74,12 @@ def train(engine: Engine, feed: StepFeed, plan: Plan, recipe: Recipe, around: Su
         return outcome
     meters = RankMeters(engine.device, engine.held, (lambda work: 0.0) if plan.flops is None else plan.flops.of)
     with contextlib.closing(StepLedger(engine.device, plan, meters, around.report)) as ledger:
+        stopwatch = Stopwatch(engine.device)
         for step in range(outcome.steps + 1, plan.total_steps + 1):
             began = time.perf_counter()
             around.begins(step, DATA_WAIT)
             batch = feed.micro_batches(step)
-            data_wait = time.perf_counter() - began
+            data_wait = 0.0 if stopwatch.runs_on() else time.perf_counter() - began  # behind the step before, a wait costs nothing
 
             stopwatch = Stopwatch(engine.device)
             loss_sum = forward_and_backward(engine, batch, recipe.train.seed, around.begins, stopwatch.lap)

@@ -69,6 +69,10 @@ class Stopwatch:
             self.gradient_bytes = allocated - self.base_bytes
         self.last_bytes = allocated
 
+    def runs_on(self) -> bool:
+        """Whether the GPU has not come to the end of the last piece yet."""
+        return self.device.type == "cuda" and not self.marks[-1][1].query()
+
     def seconds(self) -> dict[str, float]:
         """By piece. On a GPU: of its stream, and only once the step is over there."""
         total: dict[str, float] = {}

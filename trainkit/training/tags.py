@@ -58,10 +58,12 @@ STEP_TAGS = (
     StepTag("time/step_seconds", "Seconds from the end of the step before to the end of this one.", lambda r: r.seconds),
     StepTag(
         "time/data_wait_fraction",
-        "Share (0 to 1) of the step in which the rank that waited longest waited for data.",
+        "Share (0 to 1) of the step in which the rank that waited longest waited for data, its GPU having nothing left to do.",
         lambda r: r.data_wait_seconds / r.seconds,
     ),
-    StepTag("time/data_wait_seconds", "Seconds that the rank that waited longest waited for data.", lambda r: r.data_wait_seconds),
+    StepTag(
+        "time/data_wait_seconds", "Seconds that the rank that waited longest waited for data, as above.", lambda r: r.data_wait_seconds
+    ),
     StepTag("time/forward_seconds", "Seconds of all forwards of the step on rank 0; on a GPU as its stream sees them.", _piece(FORWARD)),
     StepTag(
         "time/backward_seconds",
