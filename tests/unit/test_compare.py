@@ -210,15 +210,15 @@ def said(file: str, **values: Any) -> Callable[[RunFolder], object]:
         ),
         (lambda folder: (folder.path / "recipe.yaml").write_text("model: ["), "recipe.yaml"),
         (lambda folder: (folder.path / "recipe.yaml").write_text("model: {path: 5}"), "recipe.yaml: not as trainkit writes it"),
-        (said("summary", steps="six"), 'steps is "six", and not a whole number. Leave this run out'),
-        (said("summary", steps=True), "steps is true, and not a whole number"),
-        (said("summary", seconds="fast"), 'seconds is "fast", and not a number. Leave this run out'),
-        (said("summary", status=3), "status is 3, and not completed or failed or interrupted. Leave this run out"),
-        (said("summary", eval="y"), 'eval is "y", and not an object with a number in each place or null'),
-        (said("summary", peak_memory_gib=["lots"]), "and not a list with a number in each place or null"),
-        (said("summary", error={"kind": 3, "message": "m"}), "and not an object with kind: text, message: text or null"),
-        (said("plan", total_steps=None), "total_steps is null, and not a whole number. Leave this run out"),
-        (said("plan", memory={"device": 3}), "memory is "),
+        (said("summary", steps="six"), 'steps is "six", and should be a valid integer. Leave this run out'),
+        (said("summary", steps=True), "steps is true, and should be a valid integer"),
+        (said("summary", seconds="fast"), 'seconds is "fast", and should be a valid number. Leave this run out'),
+        (said("summary", status=3), "status is 3, and should be 'completed', 'failed' or 'interrupted'. Leave this run out"),
+        (said("summary", eval="y"), 'eval is "y", and should be a valid dictionary'),
+        (said("summary", peak_memory_gib=["lots"]), 'peak_memory_gib.0 is "lots", and should be a valid number'),
+        (said("summary", error={"kind": 3, "message": "m"}), "error.kind is 3, and should be a valid string"),
+        (said("plan", total_steps=None), "total_steps is null, and should be a valid integer. Leave this run out"),
+        (said("plan", memory={"device": 3}), "memory.device is 3, and should be a valid dictionary"),
     ],
 )
 def test_a_damaged_file_is_one_message(
@@ -245,7 +245,9 @@ def test_a_damaged_run_hides_no_other_of_its_folder(tmp_path: Path, capsys: pyte
     for name in ("bad", "fine"):
         plant(tmp_path, name)
     said("summary", steps="six")(RunFolder(tmp_path / "bad"))
-    told = f'left out: {tmp_path}/bad/summary.json: damaged, or of another version of trainkit: steps is "six", and not a whole number'
+    told = (
+        f'left out: {tmp_path}/bad/summary.json: damaged, or of another version of trainkit: steps is "six", and should be a valid integer'
+    )
     for named in (tmp_path, tmp_path / "*"):
         rows, notes = read_rows([named])
         assert [row.run for row in rows] == ["fine"] and notes == [told]

@@ -209,7 +209,7 @@ def test_what_is_no_path_is_one_message(path: Any) -> None:
     [
         ({}, "it has no status"),
         (SUMMARY | {"eval": "y"}, 'eval is "y"'),
-        (SUMMARY | {"eval": {"loss": "low"}}, "eval is {"),
+        (SUMMARY | {"eval": {"loss": "low"}}, "eval.loss is"),
         (SUMMARY | {"error": "e"}, 'error is "e"'),
     ],
 )

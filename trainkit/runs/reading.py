@@ -5,134 +5,88 @@ A line of steps.jsonl that is no step is left out and named; all who read steps 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from trainkit.errors import UsageError
 
 WAY_OUT = ". Leave this run out"
+Numbers: TypeAlias = dict[str, float]
+Peaks: TypeAlias = list[float]
 
 
-class Kind(Protocol):
-    """What a value may be; as text, in the words of a message."""
-
-    def holds(self, value: object) -> bool: ...
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
-@dataclass(frozen=True)
-class _One:
-    types: type | tuple[type, ...]
-    words: str
-
-    def holds(self, value: object) -> bool:
-        """True and false are whole numbers in Python alone."""
-        return isinstance(value, self.types) and (self.types is bool or not isinstance(value, bool))
-
-    def __str__(self) -> str:
-        return self.words
+class _Error(_File):
+    kind: str = ""
+    message: str
 
 
-@dataclass(frozen=True)
-class _OrNull:
-    kind: Kind
-
-    def holds(self, value: object) -> bool:
-        return value is None or self.kind.holds(value)
-
-    def __str__(self) -> str:
-        return f"{self.kind} or null"
+class _Memory(_File):
+    device: Numbers
+    device_at_step: float
 
 
-@dataclass(frozen=True)
-class _Choice:
-    words: tuple[str, ...]
-
-    def holds(self, value: object) -> bool:
-        return value in self.words
-
-    def __str__(self) -> str:
-        return " or ".join(self.words)
-
-
-@dataclass(frozen=True)
-class _Each:
-    """A list, or an object, whose items are all of one kind."""
-
-    container: type
-    kind: Kind
-
-    def holds(self, value: object) -> bool:
-        if not isinstance(value, list | dict) or not isinstance(value, self.container):
-            return False
-        return all(self.kind.holds(item) for item in (value.values() if isinstance(value, dict) else value))
-
-    def __str__(self) -> str:
-        return f"{'a list' if self.container is list else 'an object'} with {self.kind} in each place"
-
-
-@dataclass(frozen=True)
-class _Object:
-    kinds: Mapping[str, Kind]
-    needed: Collection[str]
-
-    def holds(self, value: object) -> bool:
-        return isinstance(value, dict) and fault_of(value, self.kinds, self.needed) is None
-
-    def __str__(self) -> str:
-        return f"an object with {', '.join(f'{name}: {kind}' for name, kind in self.kinds.items())}"
-
-
-FLAG, WHOLE, NUMBER, TEXT = _One(bool, "true or false"), _One(int, "a whole number"), _One((int, float), "a number"), _One(str, "text")
-NUMBERS, PEAKS = _Each(dict, NUMBER), _Each(list, NUMBER)
-SUMMARY: Mapping[str, Kind] = {
-    "status": _Choice(("completed", "failed", "interrupted")),
-    "steps": WHOLE,
-    **dict.fromkeys(("epochs", "train_loss", "samples_per_second", "tokens_per_second", "mfu"), _OrNull(NUMBER)),
-    **dict.fromkeys(("seconds", "wall_seconds"), NUMBER),
-    "peak_memory_gib": _OrNull(PEAKS),
-    "eval": _OrNull(NUMBERS),
-    "error": _OrNull(_Object({"kind": TEXT, "message": TEXT}, ["message"])),
+SUMMARY: Mapping[str, Any] = {
+    "status": Literal["completed", "failed", "interrupted"],
+    "steps": int,
+    **dict.fromkeys(("epochs", "train_loss", "samples_per_second", "tokens_per_second", "mfu"), float | None),
+    **dict.fromkeys(("seconds", "wall_seconds"), float),
+    "peak_memory_gib": Peaks | None,
+    "eval": Numbers | None,
+    "error": _Error | None,
 }
-PLAN: Mapping[str, Kind] = {
-    **dict.fromkeys(("recipe_name", "device_name", "precision"), TEXT),
-    **dict.fromkeys(("world_size", "samples_per_step", "total_steps", "zero_stage"), WHOLE),
-    **dict.fromkeys(("use_gpu", "offload_optimizer", "offload_param"), FLAG),
-    **dict.fromkeys(("rows", "expected_peak_bytes"), _OrNull(NUMBER)),
-    "memory": _OrNull(_Object({"device": NUMBERS, "device_at_step": NUMBER}, ["device", "device_at_step"])),
+PLAN: Mapping[str, Any] = {
+    **dict.fromkeys(("recipe_name", "device_name", "precision"), str),
+    **dict.fromkeys(("world_size", "samples_per_step", "total_steps", "zero_stage"), int),
+    **dict.fromkeys(("use_gpu", "offload_optimizer", "offload_param"), bool),
+    **dict.fromkeys(("rows", "expected_peak_bytes"), float | None),
+    "memory": _Memory | None,
 }
-ENVIRONMENT: Mapping[str, Kind] = {
-    **dict.fromkeys(("python", "platform"), TEXT),
-    "packages": _Each(dict, TEXT),
-    "cpu_count": WHOLE,
-    "gpus": _Each(list, TEXT),
-    "git_commit": _OrNull(TEXT),
+ENVIRONMENT: Mapping[str, Any] = {
+    **dict.fromkeys(("python", "platform"), str),
+    "packages": dict[str, str],
+    "cpu_count": int,
+    "gpus": list[str],
+    "git_commit": str | None,
 }
-_STEP: Mapping[str, Kind] = {
-    "step": WHOLE,
-    **dict.fromkeys(("loss", "samples", "tokens", "seconds"), NUMBER),
-    "data_wait_seconds": NUMBER,
-    "mfu": _OrNull(NUMBER),
-    "peak_memory_gib": PEAKS,
-    "piece_seconds": NUMBERS,
+_STEP: Mapping[str, Any] = {
+    "step": int,
+    **dict.fromkeys(("loss", "samples", "tokens", "seconds", "data_wait_seconds"), float),
+    "mfu": float | None,
+    "peak_memory_gib": Peaks,
+    "piece_seconds": Numbers,
 }
 _OF_EVERY_STEP = ("step", "loss", "samples", "tokens", "seconds")
 
 
-def fault_of(values: Mapping[str, Any], kinds: Mapping[str, Kind], needed: Collection[str]) -> str | None:
+def fault_of(values: Mapping[str, Any], kinds: Mapping[str, Any], needed: Collection[str]) -> str | None:
     """The first key that is missing though needed, or is of another kind, in words."""
-    for key in needed:
-        if key not in values:
-            return f"it has no {key}"
-    for key, kind in kinds.items():
-        if key in values and not kind.holds(values[key]):
-            return f"{key} is {json.dumps(values[key])}, and not {kind}"
+    try:
+        _checked(tuple(kinds.items()), frozenset(needed)).model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            return f"it has no {where}"
+        return f"{where} is {json.dumps(first['input'])}, and should be {first['msg'].removeprefix('Input should be ')}"
     return None
 
 
-def read_object(path: Path, kinds: Mapping[str, Kind], needed: Collection[str]) -> dict[str, Any]:
+@functools.cache
+def _checked(kinds: tuple[tuple[str, Any], ...], needed: frozenset[str]) -> type[BaseModel]:
+    fields: dict[str, Any] = {key: (kind, ... if key in needed else None) for key, kind in kinds}
+    return create_model("File", __base__=_File, **fields)
+
+
+def read_object(path: Path, kinds: Mapping[str, Any], needed: Collection[str]) -> dict[str, Any]:
     """A JSON file. Raises UsageError where it cannot be read, is damaged, lacks a needed key, or holds a value of another kind."""
     try:
         value = json.loads(path.read_text("utf-8"))
