@@ -97,7 +97,7 @@ class Reporting(Worker):
     def __init__(self, path: Path, steps: int):
         for name in ("saver", "copier", "lock", "profiler", "heart"):
             setattr(self, name, MagicMock())
-        self.feeds, self.order, self.ranks_told, self.untold = {}, "", 0.0, None
+        self.feeds, self.order, self.ranks_told, self.untold, self.first_step = {}, "", 0.0, None, 1
         self.board, self.folder, self.log = SilentBoard(), RunFolder(path), StepLog(RunFolder(path))
         for step in range(1, steps + 1):
             self.report(StepRecord(**RECORD | {"step": step, "ranks": (RankNumbers(**NUMBERS | {"peak_bytes": step}),)}))
