@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,15 @@ WARM_UP = 10
 def metered(engine: Engine, feed: Feed, plan: Plan, recipe: Recipe, folder: RunFolder | None) -> Callable[[int, int], None]:
     """(first step, count) trains so many steps as a run does; rank 0 alone has a folder."""
     board = TensorBoard(folder.path / "tensorboard", Story(plan.use_gpu, worked_seconds=time.monotonic)) if folder is not None else None
-    log = StepLog(folder) if folder is not None else None
+    log, told = StepLog(folder) if folder is not None else None, [0.0]
 
     def report(record: StepRecord) -> None:
         if board is not None and log is not None:
             board.step(record)
             log.append(as_json(record, "0" * 16))
+            if time.monotonic() - told[0] > 1.0 and folder is not None:
+                told[0] = time.monotonic()
+                folder.write_ranks([asdict(of_rank) for of_rank in record.ranks])
 
     def train(first: int, count: int) -> None:
         around = loop.Surroundings(report, lambda step: {}, lambda step: None, lambda outcome: None, lambda: False)
@@ -76,8 +79,10 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("recipe", type=Path)
     asked.add_argument("--set", action="append", default=[], dest="overrides")
-    asked.add_argument("--steps", type=int, default=100, help="of each kind")
+    asked.add_argument("--steps", type=int, default=100, help=f"of each kind, at least {BLOCKS}")
     options = asked.parse_args()
+    if options.steps < BLOCKS:
+        asked.error(f"--steps {options.steps}: each kind has {BLOCKS} blocks")
     with tempfile.TemporaryDirectory() as runs:
         rank = Rank.join(options.recipe, options.overrides, runs)
         recipe, plan = rank.recipe, rank.plan

@@ -146,6 +146,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     two += [case(f"{stage} apart", f"zero={stage}", rows(number), apart=True) for stage, number in (("zero0", 6), ("zero1", 2))]
     two += [case("lora apart", "zero=zero1", rows(6), lora, task="causal", first_weights=str(lora_weights), apart=True)]
     two += [case(f"{stage} compiled", f"zero={stage}", rows(6), "model.compile=blocks") for stage in ("zero1", "zero3")]
+    by_task = {"packed": ["data.packing=true"], "recomputed": ["model.gradient_checkpointing=true"], "lora": [lora]}
+    two += [
+        case(f"{kind} compiled", "zero=zero2", rows(6), "model.compile=blocks", *keys, task="causal",
+             **({"first_weights": str(lora_weights)} if kind == "lora" else {}))
+        for kind, keys in by_task.items()
+    ]  # fmt: skip
     two += [case("recomputed", "zero=zero3", rows(6), "model.gradient_checkpointing=true", task="causal")]
     two += [
         case(f"{stage} lora", f"zero={stage}", rows(6), lora, task="causal", export=True, first_weights=str(lora_weights))
@@ -202,7 +208,8 @@ def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
      ("zero3 packed", "plain causal"), ("recomputed", "plain causal"), ("zero2 lora", "plain lora"), ("zero3 lora", "plain lora"),
      ("zero2 label", "plain label"), ("zero3 label", "plain label"), ("zero2 stored", "plain"), ("zero3 stored", "plain"),
      ("zero3_offload stored", "plain"), ("zero0 apart", "plain"), ("zero1 apart", "plain"), ("lora apart", "plain lora"),
-     ("zero1 compiled", "plain"), ("zero3 compiled", "plain")],
+     ("zero1 compiled", "plain"), ("zero3 compiled", "plain"), ("packed compiled", "plain causal"),
+     ("recomputed compiled", "plain causal"), ("lora compiled", "plain lora")],
 )  # fmt: skip
 def test_every_kind_of_model_trains_as_torch_alone(results: Table, name: str, plain: str) -> None:
     loss, norm = difference(results[name], results[plain])

@@ -5,15 +5,13 @@ RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29511 python 
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from memory_worker import run_cases
 
 from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.planning.facts import DataFacts, Hardware
@@ -59,21 +57,11 @@ def train(case: dict[str, Any], device: torch.device) -> list[list[float]]:
         dist.all_reduce(loss)
         rows.append([float(loss) / batch.label_tokens, float(norm)])
     assert not said, said
-    if plan.cuda_graphs:
+    if engine.graphs is not None:
         assert sum(graph is not None for graph in engine.graphs.met.values()) == len(SHAPES), "every shape was captured"
     engine.close()
     return rows
 
 
-def main(cases_file: str, results_file: str) -> None:
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    results = {case["name"]: train(case, device) for case in json.loads(Path(cases_file).read_text())}
-    if dist.get_rank() == 0:
-        Path(results_file).write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_cases(train, *sys.argv[1:])

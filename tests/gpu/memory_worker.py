@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,18 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return planned | {"built": built, "ready": ready, "peak": peak, "between": between, "whole": whole}
 
 
-def main(cases_file: str, results_file: str) -> None:
+def run_cases(measured: Callable[[dict[str, Any], torch.device], Any], cases_file: str, results_file: str) -> None:
+    """Joins the other ranks, goes through the cases, and writes what rank 0 found."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
     torch.ones(1, device=device).sum().item()  # the context and the first block of the allocator are no model states
     dist.barrier()
-    results = {case["name"]: measure(case, device) for case in json.loads(Path(cases_file).read_text())}
+    results = {case["name"]: measured(case, device) for case in json.loads(Path(cases_file).read_text())}
     if dist.get_rank() == 0:
         Path(results_file).write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_cases(measure, *sys.argv[1:])

@@ -15,6 +15,7 @@ from trainkit.units import format_bytes
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 CASES = {
     **{stage: (stage, "t5", "bf16") for stage in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")},
+    "zero1 graphs": ("zero1", "t5", "bf16"),
     "zero2 fp32": ("zero2", "t5", "fp32"),
     "zero1 fp16": ("zero1", "llama", "fp16"),
     "zero3 fp16": ("zero3", "llama", "fp16"),
@@ -55,7 +56,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         weights[family] = str(write_first_weights(read_recipe(recipes[family]), folder / f"{family}.safetensors"))
     cases = [
         {"name": name, "recipe": str(recipes[family]), "first_weights": weights[family],
-         "set": [f"zero={zero}", f"model.precision={precision}"]}
+         "set": [f"zero={zero}", f"model.precision={precision}", f"model.cuda_graphs={str('graphs' in name).lower()}"]}
         for name, (zero, family, precision) in CASES.items()
     ]  # fmt: skip
     (folder / "cases.json").write_text(json.dumps(cases))

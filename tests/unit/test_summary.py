@@ -92,6 +92,12 @@ def test_the_last_screen_sets_the_steps_of_all_commands_against_the_time_of_all(
     assert speed.rstrip().endswith(words)
 
 
+def test_the_last_screen_of_a_run_whose_steps_are_lost_says_so() -> None:
+    found = summarize(PLAN, [], {"status": "completed", "eval": {"loss": 1.5}}, None, 60.0)
+    shown = plain(screen._numbers(found, use_gpu=True), width=200)
+    assert "1.5000" in shown and "holds no step" in shown
+
+
 def test_a_run_that_failed_before_its_first_step_has_all_keys() -> None:
     found = summarize(PLAN, [], {}, CapacityError("too few"), 3.0)
     assert set(found) >= CONTRACT

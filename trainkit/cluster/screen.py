@@ -35,6 +35,9 @@ def _numbers(summary: Mapping[str, Any], use_gpu: bool) -> Table:
     for name, value in (summary["eval"] or {}).items():
         if name != "step":
             table.add_row(f"evaluation {name.replace('_', ' ')}", f"{value:.4f}")
+    if not summary["seconds"]:
+        table.add_row("trained", "steps.jsonl holds no step: what they came to is not known")
+        return table
     table.add_row("mean training loss", f"{summary['train_loss']:.4f}")
     table.add_row("trained", f"{summary['steps']:,} steps, {summary['samples']:,} samples, {format_count(summary['tokens'])} tokens")
     speed = f"{summary['samples_per_second']:,.1f} samples/s, {format_count(summary['tokens_per_second'])} tokens/s"

@@ -62,9 +62,8 @@ def environment_settings(recipe: Recipe, local: bool) -> dict[str, str]:
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
         settings["RAY_COLOR_PREFIX"] = "0"  # Ray colours the prefixes of workers' lines without asking where they go
     if recipe.model.compile is not False:
-        settings["TORCHINDUCTOR_CACHE_DIR"] = str(
-            Path(recipe.run.storage_path).absolute() / ".cache" / "compiled"
-        )  # the next run compiles nothing anew
+        kept = Path(recipe.run.storage_path).absolute() / ".cache" / "compiled"
+        settings["TORCHINDUCTOR_CACHE_DIR"] = str(kept)  # the next run compiles nothing anew
     if recipe.train.deterministic:
         settings["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may add in another order each time
     if not recipe.scaling.use_gpu:

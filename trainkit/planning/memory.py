@@ -102,8 +102,8 @@ def model_state_bytes(facts: ModelFacts, zero: ZeroConfig, world_size: int, prec
 
 
 def with_fixed_gradients(memory: Memory) -> Memory:
-    """With CUDA graphs the whole gradients lie where they are from step to step, inside the optimizer step too; stage 0 or 1."""
-    return replace(memory, device_at_step=max(memory.device_at_step, sum(memory.device.values()) - memory.device["buckets"]))
+    """Of stage 1 with CUDA graphs: whole gradients stay from step to step, in the optimizer step beside the partition's copies of them."""
+    return replace(memory, device_at_step=memory.device_at_step + memory.device["gradients"])
 
 
 def _stage_0(case: _Case) -> Memory:

@@ -49,6 +49,8 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
     world_size = _world_size(recipe)
     ds_config = resolve(recipe, zero, model, world_size, hardware)
     memory = None if model is None else model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config)
+    if memory is not None and recipe.model.cuda_graphs and zero.stage == 1:
+        memory = with_fixed_gradients(memory)
     fits = shipped_fits(recipe, model, hardware) if hardware.memory_bytes is not None else ()
     _check_capacity(zero, memory, fits, world_size, hardware)
     steps = _steps(recipe, data)
@@ -80,7 +82,7 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         micro_batches_per_step=batch.micro_batches,
         accumulation=batch.micro_batches // world_size,
         ds_config=ds_config,
-        memory=with_fixed_gradients(memory) if memory is not None and recipe.model.cuda_graphs else memory,
+        memory=memory,
         compile_blocks=_compiles(recipe, zero),
         cuda_graphs=recipe.model.cuda_graphs,
         notes=_notes(recipe, zero, ds_config, batch, hardware),

@@ -192,15 +192,15 @@ def _told_apart(rows: Sequence[Row]) -> list[Row]:
 
 def _other_workers(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     """steps.jsonl tells how many workers took a step, and not their ZeRO stage."""
-    *before, last = world_sizes(steps) or [(0, 0, 0)]
-    told = ", ".join(f"steps {first} to {end} with {_workers(workers)}" for first, end, workers in before)
-    return [
-        f"trained {told}, since then with {_workers(last[2])}: rates and loss are of all, peak, technique and workers of the last"
-    ] * bool(told)
+    parts = world_sizes(steps)
+    if len(parts) < 2:
+        return []
+    told = ", ".join(f"steps {first} to {end} with {_workers(workers)}" for first, end, workers in parts[:-1])
+    return [f"trained {told}, since then with {_workers(parts[-1][2])}: rates and loss are of all, peak, technique and workers of the last"]
 
 
 def _workers(number: int) -> str:
-    return f"{number} worker{'s' * (number > 1)}"
+    return f"{number} worker{'' if number == 1 else 's'}"
 
 
 def _how_it_ended(summary: Mapping[str, Any]) -> list[str]:

@@ -98,9 +98,8 @@ class Run:
 
         frame = pandas.DataFrame(read_curves(self.path / "tensorboard", "eval/")).sort_index()
         last = (self.summary or {}).get("eval") or {}
-        for path in (
-            [] if self.status == "running" else filter(_is_damaged, sorted((self.path / "tensorboard").glob("events.out.tfevents.*")))
-        ):
+        written = [] if self.status == "running" else sorted((self.path / "tensorboard").glob("events.out.tfevents.*"))
+        for path in filter(_is_damaged, written):
             warnings.warn(f"{self.name}: {path.name} is damaged or cut off: evaluations behind this place are missing", stacklevel=2)
         if frame.empty and last:
             return pandas.DataFrame([last]).set_index("step")

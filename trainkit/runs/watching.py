@@ -11,8 +11,8 @@ from rich.console import Console
 
 from trainkit.cluster.progress import PlainLines, SoFar, View
 from trainkit.errors import UsageError
-from trainkit.runs.compare import read_steps
 from trainkit.runs.picture import PIXELS_PER_INCH, Picture
+from trainkit.runs.reading import read_steps
 
 if TYPE_CHECKING:
     import pandas

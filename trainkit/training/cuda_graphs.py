@@ -8,6 +8,7 @@ fixed tensors, outside of what watches the parameters; who holds the engine hand
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from trainkit.data.feed import MicroBatch, tensors
 
-SumLoss = Callable[[Any, MicroBatch], torch.Tensor]
+SumLoss = Callable[[Any, MicroBatch], torch.Tensor]  # of a model, or what is called like it
 MOST_GRAPHS = 256
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -34,10 +35,6 @@ class FixedGradients:
             twin.grad = flat[first : first + twin.numel()].view_as(twin)
             first += twin.numel()
         self.taken = False
-
-    def of(self, model: torch.nn.Module) -> Twin:
-        """The model on the twins: the same weights in the same memory, without what watches the parameters."""
-        return Twin(model, self.twins)
 
     def begin(self) -> None:
         """Before a micro-batch: those of a step's first one begin at zero."""
@@ -61,7 +58,7 @@ class FixedGradients:
 
 @dataclass(frozen=True)
 class Twin:
-    """Called like the model, of which it is a view."""
+    """Called like the model, on other parameters: the same weights in the same memory, without what watches the model's own."""
 
     module: torch.nn.Module
     parameters: Mapping[str, torch.nn.Parameter]
@@ -71,10 +68,11 @@ class Twin:
 
 
 class Graphs:
-    """The graphs of one rank. On a device without CUDA graphs every micro-batch runs as it is."""
+    """The graphs of one rank, and the gradients that they sum. On a device without CUDA graphs every micro-batch runs as it is."""
 
-    def __init__(self, sum_loss: Callable[[MicroBatch], torch.Tensor], device: torch.device):
-        self.sum_loss, self.device = sum_loss, device
+    def __init__(self, model: torch.nn.Module, sum_loss: SumLoss, device: torch.device):
+        self.gradients, self.device = FixedGradients(model), device
+        self.sum_loss = functools.partial(sum_loss, Twin(model, self.gradients.twins))
         self.met: dict[Shape, _Graph | None] = {}
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         if device.type == "cuda":
@@ -82,6 +80,7 @@ class Graphs:
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """The sum of losses; its backward adds to the fixed gradients."""
+        self.gradients.begin()
         if self.device.type != "cuda":
             return self.sum_loss(batch)
         shape = _shape(batch)

@@ -60,17 +60,14 @@ class Engine:
         self.plan, self.task, self.device = plan, TASKS[task], device
         self.world_size = plan.world_size
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if (
-            plan.zero_stage == 3 and plan.compile_blocks
-        ):  # one hook and one collective for a block's parameters, instead of one for each layer in it
-            for block in repeated_blocks(model):
+        if plan.zero_stage == 3 and plan.compile_blocks:
+            for block in repeated_blocks(model):  # one hook and one collective for its parameters, instead of one for each layer in it
                 deepspeed.utils.set_z3_leaf_module(block, True)
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=plan.ds_config, dist_init_required=False)
         self.trainable = trainable
         if plan.compile_blocks:
             compile_blocks(self.ds.module, say)
-        self.gradients = FixedGradients(self.ds.module) if plan.cuda_graphs else None
-        self.graphs = Graphs(self._sum_loss_apart, device)
+        self.graphs = Graphs(self.ds.module, self._sum_loss, device) if plan.cuda_graphs else None
         self._own_norm: torch.Tensor | None = None
         if self._optimizer_state:  # stages 0 and 3 make the states by a step on zeros, which must not count in the bias correction
             self._count_from(0)
@@ -86,10 +83,9 @@ class Engine:
 
     def sum_loss(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of the cross-entropies over the labels that count, a scalar in fp32."""
-        if self.gradients is not None and torch.is_grad_enabled():
-            self.gradients.begin()
+        if self.graphs is not None and torch.is_grad_enabled():
             return self.graphs(batch)
-        return self.task.sum_loss(self.logits(batch), batch.labels)
+        return self._sum_loss(self.ds, batch)
 
     def backward(self, sum_loss: torch.Tensor, label_tokens: int, last: bool) -> None:
         """Backward of one micro-batch: DeepSpeed averages over ranks, so the sum over N is multiplied by the world size.
@@ -98,12 +94,12 @@ class Engine:
         """
         self.ds.set_gradient_accumulation_boundary(last)
         weighted = sum_loss * (self.world_size / max(1, label_tokens))
-        if self.gradients is None:
+        if self.graphs is None:
             self.ds.backward(weighted, scale_wrt_gas=False)
         else:
             weighted.backward()
             if last:
-                self._reduce(self.gradients)
+                self._reduce(self.graphs.gradients)
         if last and self.plan.zero_stage == 0 and self.plan.precision == "fp32":  # DeepSpeed knows no norm here
             gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
             self._own_norm = torch.nn.utils.get_total_norm(gradients)
@@ -199,7 +195,7 @@ class Engine:
         groups = (p for group in self.ds.basic_optimizer.param_groups for p in group["params"])
         states = (value for state in self._optimizer_state.values() for value in state.values() if torch.is_tensor(value))
         seen: set[int] = set()
-        gradients = [] if self.gradients is None else [self.gradients.flat]
+        gradients = [] if self.graphs is None else [self.graphs.gradients.flat]
         if self.plan.zero_stage == 3:
             gradients.append(self.ds.optimizer.grad_partitions_flat_buffer)
         held = (storage_bytes(tensors, seen) for tensors in (parameters, [*groups, *states, *self._fp32_partitions], gradients))
@@ -209,10 +205,8 @@ class Engine:
         """Free what DeepSpeed holds."""
         self.ds.destroy()
 
-    def _sum_loss_apart(self, batch: MicroBatch) -> torch.Tensor:
-        """Out of DeepSpeed's sight: the gradients are summed in fixed tensors."""
-        assert self.gradients is not None
-        return self.task.sum_loss(self.task.logits(self.gradients.of(self.ds.module), batch), batch.labels)  # type: ignore[arg-type]
+    def _sum_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
+        return self.task.sum_loss(self.task.logits(model, batch), batch.labels)
 
     def _reduce(self, gradients: FixedGradients) -> None:
         """DeepSpeed's reduction over ranks of gradients that came about outside of its hooks."""
