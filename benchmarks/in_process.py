@@ -16,15 +16,16 @@ import torch.distributed as dist
 from trainkit.cluster.hardware import worker_device
 from trainkit.data.batches import Budget
 from trainkit.data.distributor import DataDistributor, Feeding
-from trainkit.data.feed import Feed, Padding, Source
+from trainkit.data.feed import Feed, Padding, Source, moved
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer, prepare
 from trainkit.planning.facts import DataFacts
-from trainkit.planning.planner import Plan, make_plan
+from trainkit.planning.planner import Plan, make_plan, with_micro_batches
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import read_zero
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.model import build_model, model_facts
+from trainkit.training.warm_up import steps_looked_at, warm_up
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Rank:
     plan: Plan
     prepared: Prepared
     device: torch.device
+    distributor: DataDistributor
 
     @classmethod
     def join(cls, path: Path, overrides: list[str], runs: str) -> Rank:
@@ -54,19 +56,26 @@ class Rank:
         rows = DataFacts(TokenArrays.open(prepared.train).rows, None)
         hardware = worker_device(recipe.scaling.use_gpu)
         plan = make_plan(recipe, read_zero(recipe.zero, path), model_facts(recipe, prepared.label_names), rows, hardware)
-        return cls(dist.get_rank(), recipe, plan, prepared, device)
+        budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
+        arrays, task = str(prepared.train), recipe.model.task
+        distributor = DataDistributor(
+            {"train": Feeding(arrays, task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle=True)}
+        )
+        plan = with_micro_batches(plan, recipe, distributor.shapes("train", 1, 32).items(), 32)
+        return cls(dist.get_rank(), recipe, plan, prepared, device, distributor)
 
     def feed(self) -> Feed:
-        plan, recipe = self.plan, self.recipe
-        budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
-        arrays, task = str(self.prepared.train), recipe.model.task
-        feeding = Feeding(arrays, task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle=True)
-        distributor, tokenizer = DataDistributor({"train": feeding}), load_tokenizer(recipe).tokenizer
-        padding = Padding(
-            task, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id, tokenizer.eos_token_id
-        )
-        source = Source(lambda first, count: partial(distributor.steps, "train", first, count, self.number))
+        tokenizer = load_tokenizer(self.recipe).tokenizer
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        padding = Padding(self.recipe.model.task, pad, tokenizer.eos_token_id)
+        source = Source(lambda first, count: partial(self.distributor.steps, "train", first, count, self.number))
         return Feed(source, padding, rank=self.number, last_step=10**9, device=self.device)
+
+    def warm_up(self, engine: Engine, feed: Feed) -> None:
+        """As before the first step of a run."""
+        columns = TokenArrays.open(self.prepared.train).columns
+        uses = self.distributor.shapes("train", 1, steps_looked_at(self.plan, 1))
+        warm_up(engine, uses, 1, lambda shape: moved(feed.padding.blank(shape, columns, packed=False), self.device))
 
     def model(self, partitioning: Partitioning | None = None) -> torch.nn.Module:
         """On the device, with random weights: zeros would keep a GPU cooler and quicker than weights do."""

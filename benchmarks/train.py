@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -41,6 +41,7 @@ from trainkit.planning.flops import Work
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.zero import read_zero
 from trainkit.training import loop
+from trainkit.training.meters import StepRecord
 from trainkit.training.model import TASKS
 
 TRACED = 3  # steps in which kernels are counted
@@ -54,7 +55,7 @@ class Clock:
     def __init__(self, rank: Rank, warm_up: int, steps: int, began: float):
         self.rank, self.warm_up, self.steps, self.began = rank, warm_up, steps, began
         self.done, self.ticks, self.first_step = 0, list[float](), 0.0
-        self.losses: list[float] = []
+        self.records: list[StepRecord] = []  # of trainkit's own loop
         self.trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if rank.device.type == "cuda" else None
 
     @property
@@ -88,8 +89,13 @@ class Clock:
             "p90_ms": round(1000 * each[int(0.9 * len(each))], 1), "samples_per_second": round(samples, 1),
             "tokens_per_second": round(samples * work.tokens / rows), "first_step_seconds": round(self.first_step, 1),
         }  # fmt: skip
-        if self.losses:
-            found["last_losses"] = round(statistics.mean(self.losses[-10:]), 5)
+        if self.records:
+            timed = self.records[self.warm_up : self.warm_up + self.steps]
+            found["last_losses"] = round(statistics.mean(record.loss for record in self.records[-10:]), 5)
+            found |= {
+                f"{piece}_ms": round(1000 * statistics.median(record.piece_seconds[piece] for record in timed), 1)
+                for piece in timed[0].piece_seconds
+            }
         if plan.flops is not None and plan.peak_flops is not None:
             found["mfu"] = round(plan.flops.of(work) / rows * samples / plan.world_size / plan.peak_flops, 4)
         if self.trace is not None:
@@ -113,6 +119,16 @@ def busy(trace: Any) -> dict[str, float]:
     }
 
 
+def longest_kernels(trace: Any, count: int) -> Iterator[str]:
+    """Lines of a step's milliseconds and launches by kernel."""
+    of_kernel: dict[str, list[float]] = {}
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            of_kernel.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1000)
+    for name, each in sorted(of_kernel.items(), key=lambda item: -sum(item[1]))[:count]:
+        yield f"{sum(each) / TRACED:9.3f} ms {len(each) // TRACED:6} × {name[:120]}"
+
+
 def work_of(rank: Rank) -> tuple[Work, int]:
     """All rows' tokens and their products, and the rows."""
     arrays = TokenArrays.open(rank.prepared.train)
@@ -124,9 +140,10 @@ def work_of(rank: Rank) -> tuple[Work, int]:
 
 def ours(rank: Rank, clock: Clock) -> None:
     engine, feed = rank.engine(), rank.feed()
+    rank.warm_up(engine, feed)
     until = replace(rank.plan, total_steps=clock.total, eval_every=0, save_every=0)
     around = loop.Surroundings(
-        lambda record: clock.losses.append(record.loss),
+        clock.records.append,
         lambda step: {},
         lambda step: None,
         lambda outcome: None,
@@ -255,6 +272,7 @@ def main() -> None:
     asked.add_argument("--full-rows", action="store_true")
     asked.add_argument("--steps", type=int, default=60)
     asked.add_argument("--warm-up", type=int, default=20)
+    asked.add_argument("--kernels", type=int, default=0, help="so many kernels are listed in which a step's time goes, on a GPU")
     options = asked.parse_args()
     with tempfile.TemporaryDirectory() as runs:
         overrides = list(options.overrides)
@@ -267,6 +285,8 @@ def main() -> None:
         CASES[options.case](rank, clock)
         if rank.number == 0:
             print(report(options.case, clock), flush=True)
+            if options.kernels and clock.trace is not None:
+                print(*longest_kernels(clock.trace, options.kernels), sep="\n", flush=True)
         dist.barrier()
     os._exit(0)  # without what libraries do at the end, which takes seconds
 

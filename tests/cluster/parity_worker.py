@@ -41,16 +41,21 @@ from trainkit.training.checkpoint import Saver, restore
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.meters import StepRecord
 from trainkit.training.model import TASKS, build_model, model_facts
+from trainkit.training.warm_up import steps_looked_at, warm_up
 
 CPU = torch.device("cpu")
 blocks.BACKEND = "aot_eager"  # all of torch.compile but the making of kernels, which takes minutes on two cores
 
 
-def feed_of(recipe: Recipe, plan: Plan, prepared: Prepared, rank: int, shuffle: bool = True) -> Feed:
+def distributor_of(recipe: Recipe, plan: Plan, prepared: Prepared, shuffle: bool = True) -> DataDistributor:
     budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
     feeding = Feeding(str(prepared.train), recipe.model.task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle,
                       limits(recipe)["max_length"] if recipe.data.packing else None)  # fmt: skip
-    distributor = DataDistributor({"train": feeding})
+    return DataDistributor({"train": feeding})
+
+
+def feed_of(recipe: Recipe, plan: Plan, prepared: Prepared, rank: int, shuffle: bool = True) -> Feed:
+    distributor = distributor_of(recipe, plan, prepared, shuffle)
     tokenizer = load_tokenizer(recipe).tokenizer
     padding = Padding(recipe.model.task, tokenizer.pad_token_id, tokenizer.eos_token_id)
     source = Source(lambda first, count: partial(distributor.steps, "train", first, count, rank))
@@ -75,6 +80,9 @@ def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any]
         _plant_nan(engine, step=3)
     records: list[StepRecord] = []
     feed = feed_of(recipe, plan, prepared, rank)
+    if ahead := steps_looked_at(plan, 1):  # compiled, or with the gradients of graphs
+        uses, columns = distributor_of(recipe, plan, prepared).shapes("train", 1, ahead), TokenArrays.open(prepared.train).columns
+        warm_up(engine, uses, 1, lambda shape: feed.padding.blank(shape, columns, recipe.data.packing))
     outcome = loop.Outcome()
     if "resume" in case:
         found = Checkpoint(Path(case["resume"]))

@@ -14,7 +14,7 @@ import pytest
 from ranks import launch
 from test_parity import RECIPE, STAGES, Results, save_model, train_all, write_rows
 
-SAME = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
+SAME = [(stage, precision) for stage in (*STAGES, "apart zero1") for precision in ("fp32", "bf16")]  # apart: as with CUDA graphs
 LORA = "model.lora={r: 4, lora_alpha: 8}"
 # (from stage, from workers, to stage, to workers); with a model that ties its embeddings
 CONVERSIONS = [
@@ -22,6 +22,7 @@ CONVERSIONS = [
     ("zero2_offload", 2, "zero1", 2), ("zero1", 2, "zero1", 1), ("zero2", 2, "zero3", 1), ("zero3", 2, "zero1", 1),
     ("zero3", 2, "zero3_offload", 1), ("zero3_offload", 2, "zero1", 1), ("zero2_offload", 2, "zero0", 1), ("zero1", 1, "zero3", 2),
     ("zero3", 1, "zero2", 2), ("zero3", 1, "zero3_offload", 2), ("lora zero2", 2, "lora zero3", 1), ("lora zero3", 2, "lora zero1", 2),
+    ("apart zero1", 2, "zero3", 1), ("zero3", 2, "apart zero1", 2),
 ]  # fmt: skip
 
 
@@ -57,14 +58,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         """Two micro-batches of 5 rows, whatever the workers, so that dropout falls alike."""
         lora = stage.startswith("lora ")
         keys = [
-            f"zero={stage.removeprefix('lora ')}",
+            f"zero={stage.split()[-1]}",
             f"model.precision={precision}",
             "batch.samples=10",
             "batch.samples_per_device=5",
             "train.save_steps=4",
         ]
         keys += [LORA.replace("}", ", lora_dropout: 0.1}")] if lora else []
-        return {"set": keys, "plain": False, "fault": None, "export": None} | files["causal" if lora else "seq2seq"] | more
+        apart = stage.startswith("apart ")
+        return {"set": keys, "plain": False, "fault": None, "export": None, "apart": apart} | files["causal" if lora else "seq2seq"] | more
 
     def place(name: str) -> str:
         return str(folder / "saved" / name.replace(" ", "-"))

@@ -144,6 +144,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     two += [case(f"{stage} causal", f"zero={stage}", rows(6), task="causal") for stage in ("zero2", "zero3")]
     two += [case(f"{stage} packed", f"zero={stage}", rows(6), "data.packing=true", task="causal") for stage in ("zero2", "zero3")]
     two += [case(f"{stage} apart", f"zero={stage}", rows(number), apart=True) for stage, number in (("zero0", 6), ("zero1", 2))]
+    two += [case("apart bf16", "zero=zero1", rows(6), "model.precision=bf16", apart=True)]
     two += [case("lora apart", "zero=zero1", rows(6), lora, task="causal", first_weights=str(lora_weights), apart=True)]
     two += [case(f"{stage} compiled", f"zero={stage}", rows(6), "model.compile=blocks") for stage in ("zero1", "zero3")]
     by_task = {"packed": ["data.packing=true"], "recomputed": ["model.gradient_checkpointing=true"], "lora": [lora]}
@@ -195,7 +196,7 @@ def test_workers_micro_batches_and_accumulation_give_the_same_losses(results: Ta
         assert difference(results[name], results["zero1 1×1"])[0] <= 1e-6, name
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "apart"])
 def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
     """Stated bound: bf16 keeps 8 bits, so the loss is within 2 %, the gradient norm within 15 %."""
     loss, norm = difference(results[f"{stage} bf16"], results["plain"])

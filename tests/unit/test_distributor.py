@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import tracemalloc
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,15 +219,12 @@ def test_ready_rows_longer_than_a_packed_sequence_make_it_longer(tmp_path: Path)
     assert sorted(step.micro_batches[0].sample_ids.tolist()) == [0, 1, 2] and step.micro_batches[0].shape.source >= 700
 
 
-def test_the_largest_micro_batch_is_that_of_the_steps_ahead(tmp_path: Path) -> None:
+def test_the_shapes_of_the_steps_ahead_are_counted_over_all_ranks(tmp_path: Path) -> None:
     feeding = feeding_of(tmp_path / "a", 75)
     distributor = DataDistributor({"train": feeding})
-
-    def largest(steps: range) -> int:
-        return max(micro.shape.cost for step in steps for rank in steps_of(feeding, step) for micro in rank.micro_batches)
-
-    assert distributor.largest_micro_batch("train", 1) == largest(range(1, 33))
-    assert distributor.largest_micro_batch("train", 7) == largest(range(7, 39))
+    for first, count in ((1, 32), (7, 3)):
+        ahead = [micro.shape for step in range(first, first + count) for rank in steps_of(feeding, step) for micro in rank.micro_batches]
+        assert distributor.shapes("train", first, count) == Counter(ahead)
 
 
 def test_a_step_is_composed_once_for_all_ranks(tmp_path: Path) -> None:

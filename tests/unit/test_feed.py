@@ -103,6 +103,15 @@ def test_a_packed_micro_batch_may_have_empty_sequences() -> None:
     assert nothing.labels.unique().tolist() == [-100] and nothing.work == Work()
 
 
+@pytest.mark.parametrize(("task", "shape", "packed"), [("seq2seq", Shape(3, 8, 4), False), ("classification", Shape(3, 8, 0), False),
+                                                       ("causal", Shape(3, 8, 0), False), ("causal", Shape(3, 8, 0), True)])  # fmt: skip
+def test_a_blank_micro_batch_has_a_shape_and_nothing_to_learn(task: str, shape: Shape, packed: bool) -> None:
+    blank = Padding(task, pad_id=0, eos_id=1).blank(shape, ("input_ids", "labels", "token_type_ids"), packed)
+    assert blank.input_ids.shape == (3, 8) and blank.labels.unique().tolist() == [-100] and blank.work == Work()
+    assert blank.labels.shape == {"seq2seq": (3, 4), "classification": (3,), "causal": (3, 8)}[task]
+    assert (blank.position_ids is not None) == packed and (blank.attention_mask is None) == packed
+
+
 def test_rows_keep_their_values_whatever_their_lengths() -> None:
     out = rectangle(np.arange(10), np.array([0, 9, 1]), -1)
     assert out.shape == (3, 16) and out[1, :9].tolist() == list(range(9)) and out[2, 0] == 9 and (out[0] == -1).all()

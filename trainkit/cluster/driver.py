@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -37,6 +37,9 @@ from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import LEASE_SECONDS, PREDECESSOR_SECONDS, RunFolder
 from trainkit.runs.worked import WorkedTime
 from trainkit.units import format_bytes
+
+if TYPE_CHECKING:
+    from trainkit.data.batches import Shape
 
 
 @dataclass(frozen=True)
@@ -173,16 +176,18 @@ class _Run:
         self.plan = plan
         return plan
 
-    def _data_known(self, plan: Plan, largest_tokens: int) -> Plan:
-        """Once the data's first micro-batches are known, the plan says what they will take on the device."""
-        known = with_micro_batches(plan, largest_tokens)
+    def _data_known(self, plan: Plan, shapes: Mapping[Shape, int], steps: int) -> Plan:
+        """Once the data's first micro-batches are known, the plan says what they will take on the device, and what makes them fast."""
+        known = with_micro_batches(plan, self.recipe, shapes.items(), steps)
         if known != self.plan:
             self.folder.write_plan(known.to_json())
         if known.expected_peak_bytes is not None and not self.restarts:
             self._say(
                 f"expected at the peak: {format_bytes(known.expected_peak_bytes)} per device; the largest micro-batch of the first steps "
-                f"has {largest_tokens:,} padded tokens", "dim",
+                f"has {max(shape.cost for shape in shapes):,} padded tokens", "dim",
             )  # fmt: skip
+        for note in known.notes[len(plan.notes) :]:
+            self._say(note, "dim")
         self.plan = known
         return known
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +36,13 @@ from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import RunFolder
 
 if TYPE_CHECKING:
+    from trainkit.data.batches import Shape
     from trainkit.data.distributor import Distributors
     from trainkit.data.tokens import Prepared
 
 _COLLECTIVE_SECONDS = 1800  # longer than the slowest export or build of an operator: a rank that failed is noticed by Ray, not by this
 _LOOK_SECONDS = 0.2
+_STEPS_LOOKED_AT = 32  # for the shapes of their micro-batches; the ranks will ask for them anyway
 _NOTICE_SECONDS = 2.0
 _REPLACEMENT_SECONDS = 120.0  # for which a restart waits for nodes
 _TELL_SECONDS = 2.0  # for all actors together
@@ -53,7 +55,7 @@ class Launch:
     recipe: Recipe
     plan: Plan  # for as many workers as there can be
     plan_on: Callable[[Sequence[Node]], Plan]  # for the nodes that there are; raises CapacityError if they are too few
-    data_known: Callable[[Plan, int], Plan]  # with the padded tokens of the largest micro-batch
+    data_known: Callable[[Plan, Mapping[Shape, int], int], Plan]  # with how often each shape occurs in so many steps
     folder: RunFolder
     prepared: Prepared
     first_weights: Path | None
@@ -81,7 +83,8 @@ def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[],
         nodes = worker_nodes(nodes, asked.recipe.scaling, asked.plan.world_size)
         _build_operators(nodes, asked, display)
         distributors = make_distributors(_feedings(asked), [node.id for node in nodes])
-        asked = replace(asked, plan=asked.data_known(asked.plan, distributors.largest_micro_batch("train", _first_step(asked))))
+        shapes = distributors.shapes("train", _first_step(asked), _STEPS_LOOKED_AT)
+        asked = replace(asked, plan=asked.data_known(asked.plan, shapes, _STEPS_LOOKED_AT))
         trainer = _trainer(asked, distributors)
         startup.ended(asked.folder, startup.DATA)
         with signals.softly(stop), _ranks_told(asked, distributors):

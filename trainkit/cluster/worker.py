@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 
 from trainkit.cluster.hangs import Heart
+from trainkit.data.batches import Shape
 from trainkit.data.distributor import Distributors, said
 from trainkit.data.encoding import DEFAULT_LENGTH
-from trainkit.data.feed import CALL_BYTES, Feed, MicroBatch, Padding, Source
+from trainkit.data.feed import CALL_BYTES, Feed, MicroBatch, Padding, Source, moved
 from trainkit.data.order import chain, epoch_of_step
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer
 from trainkit.data.wire import WireCall
@@ -49,9 +50,11 @@ from trainkit.training.meters import StepRecord, as_json
 from trainkit.training.model import build_model, check_packing
 from trainkit.training.out_of_memory import out_of_memory
 from trainkit.training.profiler import NoProfiler, Profiler
+from trainkit.training.warm_up import steps_looked_at, warm_up
 
 _ANSWER_SECONDS = 5
 _EVALUATING = "evaluating"
+_WARMING_UP = "compiling and warming up"
 _RANKS_SECONDS = 1.0  # between two writes of what each rank measured
 _COPY_SECONDS = 1.0  # between two looks at the copy of the last checkpoint
 
@@ -138,6 +141,7 @@ class Worker:
         self.feeds["train"].begin(self.step + 1)
         if self.recipe.train.deterministic:
             torch.use_deterministic_algorithms(True)
+        uses = self.coming_shapes()
         partitioning = Partitioning(self.plan)
         model = build_model(self.recipe, self.job.first_weights, partitioning.gathered, self.job.prepared.label_names)
         engine = Engine(model, self.plan, self.recipe.model.task, self.device, self.folder.write_note)
@@ -150,6 +154,9 @@ class Worker:
         self.saver.prepare(engine)
         if self.rank == 0:
             startup.ended(self.folder, startup.ENGINE)
+        warm_up(engine, uses(), self.step + 1, self.blank, lambda number, of: self.phase(f"{_WARMING_UP}: shape {number} of {of}"))
+        if self.rank == 0:
+            startup.ended(self.folder, startup.WARM_UP)
         self.phase("training")
         around = loop.Surroundings(
             report=self.report,
@@ -179,6 +186,19 @@ class Worker:
             "copy": self.copier.outcome(),
             "predictions": examples,
         }
+
+    def coming_shapes(self) -> Callable[[], dict[Shape, int]]:
+        """Asks which shapes the next steps have, and returns what waits for the answer."""
+        first = self.step + 1
+        count = steps_looked_at(self.plan, first)
+        if not count:
+            return dict
+        answer = self.job.distributors.nearest().shapes.remote("train", first, count)
+        return lambda: ray.get(answer)
+
+    def blank(self, shape: Shape) -> MicroBatch:
+        columns = TokenArrays.open(self.job.prepared.train).columns
+        return moved(self.feeds["train"].padding.blank(shape, columns, packed=self.recipe.data.packing), self.device)
 
     def begins(self, step: int, piece: str) -> None:
         self.profiler.begins(step, piece)
@@ -376,7 +396,8 @@ class Worker:
 
     def as_out_of_memory(self, error: BaseException) -> OutOfMemory | None:
         step, _, piece, in_step, _ = self.heart.place
-        return out_of_memory(error, self.plan, self.device, self.rank, step, piece, in_micro_batches=in_step or piece == _EVALUATING)
+        in_micro_batches = in_step or piece.startswith((_EVALUATING, _WARMING_UP))
+        return out_of_memory(error, self.plan, self.device, self.rank, step, piece, in_micro_batches)
 
     def close(self) -> None:
         self.saver.close()

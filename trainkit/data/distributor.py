@@ -11,13 +11,14 @@ import contextlib
 import functools
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from trainkit.data.batches import Budget, Part, compose, deal
+from trainkit.data.batches import Budget, Part, Shape, compose, deal
 from trainkit.data.catalogue import Catalogues
 from trainkit.data.handed import Handed, furthest, lag, slowest
 from trainkit.data.order import epoch_of_step, samples_of_step
@@ -27,7 +28,6 @@ from trainkit.data.wire import WireCall, narrow
 from trainkit.units import format_seconds
 
 _ROWS_OF_CATALOGUE = 65_536  # whose lengths choose the shapes: an order drawn from the whole set
-_STEPS_LOOKED_AT = 32  # for the largest micro-batch; the ranks will ask for them anyway
 _CALLS_AT_ONCE = 8  # of ranks for steps
 _TALK = "talk"  # Ray's concurrency group of calls that are answered while those are stuck
 _STEPS_KEPT, _SAMPLES_KEPT = 1024, 1 << 22  # composed ones, for the ranks that ask for them later
@@ -76,10 +76,10 @@ class DataDistributor:
         """What identifies the content of the arrays: a copy on another node must say the same."""
         return {split: arrays.manifest for split, arrays in self.arrays.items()}
 
-    def largest_micro_batch(self, split: str, first: int) -> int:
-        """Padded tokens of the largest micro-batch in the steps from `first` on that are looked at."""
+    def shapes(self, split: str, first: int, count: int) -> dict[Shape, int]:
+        """How often each shape of micro-batches occurs in the steps first .. first + count - 1, over all ranks."""
         with self.composing:
-            return max(part.shape.cost for step in range(first, first + _STEPS_LOOKED_AT) for part in self.composed(split, step)[1])
+            return dict(Counter(part.shape for step in range(first, first + count) for part in self.composed(split, step)[1]))
 
     def doing(self) -> str:
         """What the actor is working on now, with since when (a call that waits for a disk is seen here), and which rank is behind."""
@@ -203,11 +203,12 @@ class Distributors:
 
         return self.of_node.get(ray.get_runtime_context().get_node_id(), self.of_driver)
 
-    def largest_micro_batch(self, split: str, first: int) -> int:
-        """Padded tokens of the largest micro-batch in the steps from `first` on; waits until the shapes are chosen."""
+    def shapes(self, split: str, first: int, count: int) -> dict[Shape, int]:
+        """How often each shape of micro-batches occurs in the steps first .. first + count - 1; waits until the shapes are chosen."""
         import ray
 
-        return ray.get(self.of_driver.largest_micro_batch.remote(split, first))
+        answer: dict[Shape, int] = ray.get(self.of_driver.shapes.remote(split, first, count))
+        return answer
 
     def handed_to(self, split: str, timeout: float) -> dict[int, Handed]:
         """What each rank was handed; without those whose actor does not answer in time."""

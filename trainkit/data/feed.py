@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from trainkit.data.batches import round_up
+from trainkit.data.batches import Shape, round_up
 from trainkit.data.wire import WireCall, WireMicroBatch, WireStep
 from trainkit.errors import TrainingError
 from trainkit.planning.flops import Work
@@ -268,6 +268,12 @@ class Padding:
             work=_work(lengths, label_lengths if targets else None),
             padded_tokens=input_ids.numel() + (label_rows.numel() if targets else 0),
         )
+
+    def blank(self, shape: Shape, columns: Iterable[str], packed: bool) -> MicroBatch:
+        """Nothing but padding, on the CPU. columns: of the data. packed: whether its rows are sequences of several of the data's."""
+        nothing = np.zeros(0, np.int64)
+        rows = np.zeros(shape.rows, np.int64) if packed else None
+        return self.micro_batch(WireMicroBatch(0, shape, nothing, dict.fromkeys(columns, (nothing, nothing)), rows))
 
     def _packed(self, wire: WireMicroBatch, packed: np.ndarray, pin: bool) -> MicroBatch:
         """Several rows in one sequence. Positions start anew with each row, and at the padding, so that attention keeps to its row.

@@ -101,9 +101,12 @@ def model_state_bytes(facts: ModelFacts, zero: ZeroConfig, world_size: int, prec
     return stages[zero.stage](case)
 
 
-def with_fixed_gradients(memory: Memory) -> Memory:
-    """Of stage 1 with CUDA graphs: whole gradients stay from step to step, in the optimizer step beside the partition's copies of them."""
-    return replace(memory, device_at_step=memory.device_at_step + memory.device["gradients"])
+def with_fixed_gradients(memory: Memory, facts: ModelFacts, world_size: int, precision: str) -> Memory:
+    """Of stage 1 with CUDA graphs, where whole gradients are reduced at once (training/flat_zero1.py): there are no buckets, and at the
+    step the partition's gradients exist beside all of them, as they were and in fp32."""
+    width, partition = PRECISION_BYTES[precision], -(-facts.num_trainable // world_size)
+    device = memory.device | {"buckets": 0}
+    return replace(memory, device=device, device_at_step=sum(device.values()) + (width + (0 if width == 4 else 4)) * partition)
 
 
 def _stage_0(case: _Case) -> Memory:

@@ -6,13 +6,14 @@ unknown: 0 for numbers that training counts with, None for the rest; such a plan
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from trainkit.errors import DoesNotFit, Fault, RecipeError
 from trainkit.planning.deepspeed_config import resolve
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
-from trainkit.planning.flops import peak_flops, training_flops
+from trainkit.planning.flops import Work, peak_flops, training_flops
 from trainkit.planning.memory import (
     BIASED_ATTENTION,
     CATEGORIES,
@@ -24,13 +25,16 @@ from trainkit.planning.memory import (
 from trainkit.planning.plan import Fit, Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import SHIPPED, ZeroConfig, read_zero
-from trainkit.units import format_bytes
+from trainkit.units import format_bytes, format_seconds
 
+Rectangle = tuple[int, int, int]  # rows, source and target of a micro-batch, padded
 CPU_TOKENS = 4096
 LENGTH_STEP = 8  # padded lengths are multiples of it, as in data/batches.py, which stands above this room
 ACTIVATION_SHARE = 0.8  # of what the model states leave free: the rest is the allocator's, the kernels' and the communicator's
 DEFAULT_LENGTH = 512
-GRAPHS_MEMORY = 2  # times the activations: a shape's first micro-batches run before it is captured
+UNCOMPILED_MFU = 0.15  # a GPU's, in the kernels of plain torch: T5-large on an H200
+COMPILED_FROM_SECONDS = 240  # of a run's work in those kernels: a compiler takes away a fifth to two fifths, and takes about a minute
+GRAPHS_MEMORY = 1.4  # times the most that activations may take; twice what they took where it was measured
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,14 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
     world_size = _world_size(recipe)
     ds_config = resolve(recipe, zero, model, world_size, hardware)
     memory = None if model is None else model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config)
-    if memory is not None and recipe.model.cuda_graphs and zero.stage == 1:
-        memory = with_fixed_gradients(memory)
+    graphs = _graphs(recipe, zero, ds_config, hardware)
+    if model is not None and memory is not None and graphs and zero.stage == 1:
+        memory = with_fixed_gradients(memory, model, world_size, recipe.model.precision)
     fits = shipped_fits(recipe, model, hardware) if hardware.memory_bytes is not None else ()
     _check_capacity(zero, memory, fits, world_size, hardware)
     steps = _steps(recipe, data)
     _check_profile(recipe, steps)
     batch = _batch(recipe, model, memory, world_size, hardware)
-    if recipe.model.cuda_graphs:
-        _check_graphs(recipe, zero, ds_config, memory, _activations(recipe, model, batch), hardware)
     return Plan(
         recipe_name=recipe.name,
         world_size=world_size,
@@ -84,7 +87,7 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         ds_config=ds_config,
         memory=memory,
         compile_blocks=_compiles(recipe, zero),
-        cuda_graphs=recipe.model.cuda_graphs,
+        cuda_graphs=graphs,
         notes=_notes(recipe, zero, ds_config, batch, hardware),
         zero_name=zero.name,
         device_name=hardware.name,
@@ -96,13 +99,41 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
     )
 
 
-def with_micro_batches(plan: Plan, largest_tokens: int) -> Plan:
-    """The plan with its peak on a GPU: the largest micro-batch that is known has so many padded tokens."""
+def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectangle, int]], steps: int) -> Plan:
+    """The plan once the data is known: its peak on a GPU, and whether compiling and CUDA graphs pay.
+
+    uses: rows, source and target of each shape of micro-batches, and how often it occurs in so many steps, over all ranks.
+    Micro-batches that are not captured need memory of their own beside the CUDA graphs': where both may not fit, there are none. With
+    graphs a compiler saves work, not launches: a run that has too little of it would wait longer for the compiler than it gains, unless
+    the recipe asks for it.
+    """
     if plan.memory is None or plan.activation_bytes_per_token is None or not plan.use_gpu:
         return plan
-    activations = largest_tokens * plan.activation_bytes_per_token
-    peak = max(sum(plan.memory.device.values()) + activations, plan.memory.device_at_step)
-    return replace(plan, expected_activation_bytes=activations, expected_peak_bytes=peak)
+    largest = max(rows * (source + target) for (rows, source, target), _ in uses)
+    activations = largest * plan.activation_bytes_per_token
+    states, notes = sum(plan.memory.device.values()), list(plan.notes)
+    graphs, compiles = plan.cuda_graphs, plan.compile_blocks
+    if graphs and plan.device_memory is not None and states + GRAPHS_MEMORY * activations > plan.device_memory:
+        graphs = False
+        notes.append("no CUDA graphs: micro-batches that are not captured need memory of their own beside them, and both may not fit")
+    if compiles and graphs and recipe.model.compile is None and plan.flops is not None and plan.peak_flops is not None:
+        work = sum(count * plan.flops.of(_work(*shape)) for shape, count in uses) / steps * plan.total_steps
+        seconds = work / (UNCOMPILED_MFU * plan.peak_flops * plan.world_size)
+        compiles = seconds >= COMPILED_FROM_SECONDS
+        if not compiles:
+            notes.append(f"blocks are not compiled: about {format_seconds(seconds)} of work, less than what would pay for the compiler")
+    return replace(
+        plan,
+        expected_activation_bytes=activations,
+        expected_peak_bytes=max(states + activations, plan.memory.device_at_step),
+        cuda_graphs=graphs,
+        compile_blocks=compiles,
+        notes=tuple(notes),
+    )
+
+
+def _work(rows: int, source: int, target: int) -> Work:
+    return Work(rows * source, rows * target, rows * source**2, rows * target**2, rows * source * target)
 
 
 def row_tokens(recipe: Recipe) -> int:
@@ -164,10 +195,8 @@ def _compiles(recipe: Recipe, zero: ZeroConfig) -> bool:
     return recipe.model.compile == "blocks"
 
 
-def _check_graphs(
-    recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], memory: Memory | None, activations: int | None, hardware: Hardware
-) -> None:
-    """Raises RecipeError with what keeps forward and backward from being captured."""
+def _graphs(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], hardware: Hardware) -> bool:
+    """Raises RecipeError with what keeps forward and backward from being captured, if the recipe asks for it."""
     accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", recipe.model.precision)
     reasons = {
         "a CPU has none": hardware.device == "cpu",
@@ -176,15 +205,17 @@ def _check_graphs(
         "overlap_comm works on gradients in the middle of them": bool(ds_config["zero_optimization"].get("overlap_comm")),
         "grad_accum_dtype sums gradients in another type": accumulated != recipe.model.precision,
         "fp16 searches its loss scale on the host": recipe.model.precision == "fp16",
+        "check_grad_overflow looks at the gradients on the host": bool(ds_config.get("bf16", {}).get("check_grad_overflow")),
         "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing,
         "data.packing reads the rows' borders on the host": recipe.data.packing,
     }
-    if memory is not None and activations is not None and hardware.memory_bytes is not None:
-        fits = GRAPHS_MEMORY * activations + sum(memory.device.values()) <= hardware.memory_bytes
-        reasons["micro-batches that are not captured need memory of their own beside them, and both may not fit"] = not fits
+    wish = recipe.model.cuda_graphs
+    if not any(reasons.values()):
+        return not recipe.train.deterministic if wish is None else wish
     for reason, holds in reasons.items():
-        if holds:
+        if holds and wish:
             raise RecipeError(faults=(Fault(recipe.name, None, "model.cuda_graphs", f"cannot be true here: {reason}. Write false"),))
+    return False
 
 
 def _check_profile(recipe: Recipe, steps: _Steps) -> None:
@@ -271,12 +302,6 @@ def _auto(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world
     if tokens * per_token > room:
         note += ": one row alone may not fit; shorten max lengths or write model.gradient_checkpointing: true"
     return _Batch(tokens, k, (note,))
-
-
-def _activations(recipe: Recipe, model: ModelFacts | None, batch: _Batch) -> int | None:
-    """Bytes of the largest micro-batch's, at most."""
-    tokens = batch.tokens if recipe.batch.samples_per_device is None else recipe.batch.samples_per_device * row_tokens(recipe)
-    return None if model is None or tokens is None else tokens * _bytes_per_token(recipe, model)
 
 
 def _bytes_per_token(recipe: Recipe, model: ModelFacts) -> int:

@@ -43,14 +43,15 @@ class Model(Section):
     precision: Precision = Field(
         "bf16", description="Type of forward, backward and gradients; the optimizer keeps fp32 weights and states."
     )
-    attn_implementation: str | None = Field(None, description="As in from_pretrained; null takes the best the model supports.")
+    attn_implementation: str | None = Field(None, description="As in from_pretrained; null takes the fastest that the model supports.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, about a third more work.")
     compile: Literal["blocks", False] | None = Field(
         None,
         description="blocks: torch.compile of the repeated blocks; null: on a GPU under ZeRO stages 0 to 2, unless train.deterministic.",
     )
-    cuda_graphs: bool = Field(
-        False, description="ZeRO stages 0 and 1: launch forward and backward as two CUDA graphs for each shape of micro-batches."
+    cuda_graphs: bool | None = Field(
+        None,
+        description="Forward and backward as two CUDA graphs for each shape; null: on a GPU under stages 0 and 1, where memory allows.",
     )
     lora: Lora | None = Field(None, description="Train low-rank matrices only; null trains all parameters.")
 

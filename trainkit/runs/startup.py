@@ -12,7 +12,8 @@ import time
 from trainkit.runs.files import whole_lines
 from trainkit.runs.folder import RunFolder
 
-PLAN, RAY, DATA, WORKERS, ENGINE, FIRST_STEP = "plan and rows", "Ray", "operators and data", "workers", "model and engine", "first step"
+PLAN, RAY, DATA, WORKERS = "plan and rows", "Ray", "operators and data", "workers"
+ENGINE, WARM_UP, FIRST_STEP = "model and engine", "warm-up", "first step"
 
 
 def begin(folder: RunFolder, began: float) -> None:

@@ -1,7 +1,7 @@
-"""A model's repeated blocks: compiled once for all of them, and gathered whole under ZeRO-3.
+"""A model's repeated blocks: compiled once for all of them, and gathered whole under ZeRO-3. With them the loss.
 
-Compiling one block takes seconds, a whole model minutes; and the blocks are where the time goes. Sizes are dynamic: one compilation
-serves all shapes of micro-batches.
+Compiling one block takes seconds, a whole model minutes; and the blocks are where the time goes, beside the passes over the logits. Sizes
+are dynamic: one compilation serves all shapes of micro-batches.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import torch
 import torch._dynamo
 import torch._functorch.config
 
+from trainkit.training.loss import IN_CHUNKS, Kernels, log_sums_and_losses, write_gradient
+
+Function = Callable[..., Any]
 BACKEND = "inductor"
 _MOST_TOLD = 300  # letters of a compiler's message
 RECOMPILES = 64  # first and other layers, encoder and decoder, one row or several; torch's own limit is 8
@@ -25,42 +28,43 @@ def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [block for child in model.children() for block in repeated_blocks(child)]
 
 
-def compile_blocks(model: torch.nn.Module, say: Callable[[str], None]) -> None:
-    """Compile the forward of each repeated block, at its first use.
+def compile_blocks(model: torch.nn.Module, say: Callable[[str], None]) -> Kernels:
+    """Compile the forward of each repeated block and the loss, at their first use; returns the loss's kernels.
 
     Only `forward`: hooks around a block, such as those of ZeRO-3, stay outside. Without gradients, in evaluation and generation, whose
     shapes never end, a block runs as it is; so does one that does not compile, and `say` is told so once.
     """
     torch._functorch.config.force_non_lazy_backward_lowering = True  # what does not compile shows in the forward, where there is a way back
     torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
-    falls_back = _Fallback(say)
+    blocks, loss = _Fallback("the model's blocks do", say), _Fallback("the loss does", say)
     for block in repeated_blocks(model):
-        block.forward = falls_back.guarded(block.forward)
+        block.forward = blocks.guarded(block.forward, block.forward, when=torch.is_grad_enabled)
+    return Kernels(loss.guarded(log_sums_and_losses, IN_CHUNKS.forward), loss.guarded(write_gradient, IN_CHUNKS.backward))
 
 
 class _Fallback:
-    """One for all blocks: what one of them cannot, none can."""
+    """One for all functions of a kind: what one of them cannot, none can."""
 
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.failed = say, False
+    def __init__(self, what: str, say: Callable[[str], None]):
+        self.what, self.say, self.failed = what, say, False
 
-    def guarded(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        compiled = torch.compile(forward, dynamic=True, backend=BACKEND)
+    def guarded(self, function: Function, otherwise: Function, when: Callable[[], bool] = lambda: True) -> Function:
+        compiled = torch.compile(function, dynamic=True, backend=BACKEND)
 
-        def compiled_forward(*args: Any, **kwargs: Any) -> Any:
-            if self.failed or not torch.is_grad_enabled():
-                return forward(*args, **kwargs)
+        def compiled_function(*args: Any, **kwargs: Any) -> Any:
+            if self.failed or not when():
+                return otherwise(*args, **kwargs)
             try:
                 return compiled(*args, **kwargs)
             except Exception as error:  # of whichever part of the compiler
                 if not _is_compilers(error):
                     raise
-                result = forward(*args, **kwargs)  # a fault of the model's own shows here, as what it is
+                result = otherwise(*args, **kwargs)  # a fault of the model's own shows here, as what it is
                 self.failed = True
-                self.say(f"the model's blocks do not compile here and run as they are: {' '.join(str(error).split())[:_MOST_TOLD]}")
+                self.say(f"{self.what} not compile here and run uncompiled: {' '.join(str(error).split())[:_MOST_TOLD]}")
                 return result
 
-        return compiled_forward
+        return compiled_function
 
 
 def _is_compilers(error: Exception) -> bool:

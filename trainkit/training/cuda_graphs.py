@@ -1,45 +1,48 @@
 """Forward and backward of a micro-batch as two CUDA graphs: two launches instead of thousands, where a GPU would wait for Python.
 
 A graph belongs to one shape of micro-batches; their shapes come from a small set. A shape runs as it is when it is met first, and is
-captured when it comes again. All graphs share one pool of memory, because only one of them runs at a time. Gradients are summed into
-fixed tensors, outside of what watches the parameters; who holds the engine hands them on when the step's last backward is done.
+captured when it has come some times, or when it is asked for. All graphs share one pool of memory, because only one of them runs at a
+time. Gradients are summed into fixed tensors, outside of what watches the parameters; who holds the engine hands them on when the step's
+last backward is done. A model that waits for the GPU in its forward cannot be captured, and runs as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from trainkit.data.feed import MicroBatch, tensors
+from trainkit.data.feed import IGNORED_LABEL, MicroBatch, tensors
 
 SumLoss = Callable[[Any, MicroBatch], torch.Tensor]  # of a model, or what is called like it
 MOST_GRAPHS = 256
+MEETINGS = 8  # of a shape before it is captured, which takes as long as a graph saves in some ten uses
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class FixedGradients:
     """The gradients of a model's trained parameters in fixed tensors, summed over micro-batches until they are taken."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, weights: Sequence[torch.Tensor] = ()):
+        """weights: flat tensors in which the parameters lie. The gradients lie alike in `flats`; without any, in one, end to end."""
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.twins = {name: torch.nn.Parameter(parameter.detach()) for name, parameter in self.parameters.items()}
-        flat = torch.zeros(sum(p.numel() for p in self.parameters.values()), dtype=_only({p.dtype for p in self.parameters.values()}),
-                           device=_only({p.device for p in self.parameters.values()}))  # fmt: skip
-        self.flat, first = flat, 0
-        for twin in self.twins.values():
-            twin.grad = flat[first : first + twin.numel()].view_as(twin)
-            first += twin.numel()
+        twins = list(self.twins.values())
+        self.flats = [torch.zeros_like(flat, requires_grad=False) for flat in weights] or [_end_to_end(twins)]
+        for twin, (number, first) in zip(twins, _places(twins, weights), strict=True):
+            twin.grad = self.flats[number][first : first + twin.numel()].view_as(twin)
         self.taken = False
 
     def begin(self) -> None:
         """Before a micro-batch: those of a step's first one begin at zero."""
         if self.taken:
-            self.flat.zero_()
+            for flat in self.flats:
+                flat.zero_()
             self.taken = False
 
     def hand_over(self) -> None:
@@ -48,7 +51,6 @@ class FixedGradients:
             grad = self.twins[name].grad
             assert grad is not None
             parameter.grad = grad.detach()
-        self.taken = True
 
     def check_in_place(self) -> None:
         """Whoever moves a parameter elsewhere would leave its twin behind."""
@@ -70,10 +72,15 @@ class Twin:
 class Graphs:
     """The graphs of one rank, and the gradients that they sum. On a device without CUDA graphs every micro-batch runs as it is."""
 
-    def __init__(self, model: torch.nn.Module, sum_loss: SumLoss, device: torch.device):
-        self.gradients, self.device = FixedGradients(model), device
+    def __init__(
+        self, gradients: FixedGradients, model: torch.nn.Module, sum_loss: SumLoss, device: torch.device, say: Callable[[str], None]
+    ):
+        """say: told once why the model cannot be captured."""
+        self.gradients, self.device, self.say = gradients, device, say
         self.sum_loss = functools.partial(sum_loss, Twin(model, self.gradients.twins))
-        self.met: dict[Shape, _Graph | None] = {}
+        self.made: dict[Shape, _Graph] = {}
+        self.met: Counter[Shape] = Counter()
+        self.never_waits: bool | None = None  # None: not known yet
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         if device.type == "cuda":
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
@@ -84,18 +91,46 @@ class Graphs:
         if self.device.type != "cuda":
             return self.sum_loss(batch)
         shape = _shape(batch)
-        graph = self.met.get(shape)
+        graph = self.made.get(shape)
         if graph is None:
-            if shape not in self.met or sum(graph is not None for graph in self.met.values()) >= MOST_GRAPHS:
-                self.met[shape] = None
+            self.met[shape] += 1
+            if self.met[shape] <= MEETINGS or not self.capture(batch):
                 return self.sum_loss(batch)
-            graph = self.met[shape] = self._capture(batch)
+            graph = self.made[shape]
         loss: torch.Tensor = _Replay.apply(self.anchor, graph, batch)
         return loss
 
+    def capture(self, batch: MicroBatch) -> bool:
+        """Make the graph of a shape that has run; returns whether there is one."""
+        shape = _shape(batch)
+        if shape not in self.made and self.device.type == "cuda" and len(self.made) < MOST_GRAPHS and self._captures(batch):
+            self.made[shape] = self._capture(batch)
+        return shape in self.made
+
+    def _captures(self, batch: MicroBatch) -> bool:
+        """Whether forward and backward never wait for the GPU. Found out once, because a capture that fails leaves CUDA in disorder.
+
+        Without labels that count, so that the gradients stay as they are.
+        """
+        if self.never_waits is None:
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self.sum_loss(replace(batch, labels=torch.full_like(batch.labels, IGNORED_LABEL))).backward()
+                self.never_waits = True
+            except RuntimeError as error:
+                if "synchronizing" not in str(error):
+                    raise
+                self.never_waits = False
+                self.say("the model waits for the GPU in its forward or backward, so no CUDA graph can be made of it, and it runs as it is")
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        return self.never_waits
+
     def _capture(self, batch: MicroBatch) -> _Graph:
         """Nothing runs while it is captured; the next replay does the work."""
-        torch.cuda.empty_cache()  # what the first run of a shape left is better used by the graphs
+        if not self.made:
+            torch.cuda.empty_cache()  # what the first runs left is better used by the graphs
         inputs = replace(batch, **{name: value.clone() for name, value in tensors(batch).items()})  # type: ignore[arg-type]
         forward, backward, weight = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.ones((), device=self.device)
         with torch.compiler.set_stance("eager_on_recompile"):  # a compiler at work would break the capture
@@ -145,6 +180,22 @@ class _Replay(torch.autograd.Function):
 
 def _shape(batch: MicroBatch) -> Shape:
     return tuple((name, tuple(value.shape)) for name, value in tensors(batch).items())
+
+
+def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Zeros for as many elements."""
+    dtype, device = _only({tensor.dtype for tensor in tensors}), _only({tensor.device for tensor in tensors})
+    return torch.zeros(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
+
+
+def _places(tensors: Sequence[torch.Tensor], flats: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """(number of the flat tensor, first element there) of each tensor: where it lies, or, without flat tensors, end to end in the first."""
+    end = 0
+    for tensor in tensors:
+        beyond = [tensor.data_ptr() - flat.data_ptr() for flat in flats]
+        inside = [(number, far // tensor.itemsize) for number, far in enumerate(beyond) if 0 <= far < flats[number].nbytes]
+        yield _only(set(inside)) if flats else (0, end)
+        end += tensor.numel()
 
 
 def _only(kinds: set[Any]) -> Any:

@@ -22,6 +22,8 @@ from trainkit.errors import PlanMismatch
 from trainkit.planning.planner import Plan
 from trainkit.training.blocks import compile_blocks, repeated_blocks
 from trainkit.training.cuda_graphs import FixedGradients, Graphs
+from trainkit.training.flat_zero1 import FlatStep
+from trainkit.training.loss import IN_CHUNKS
 from trainkit.training.model import DTYPES, TASKS, persistent_buffers
 from trainkit.training.states import STATES, WEIGHT, Held, Piece, storage_bytes
 
@@ -65,9 +67,14 @@ class Engine:
                 deepspeed.utils.set_z3_leaf_module(block, True)
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=plan.ds_config, dist_init_required=False)
         self.trainable = trainable
-        if plan.compile_blocks:
-            compile_blocks(self.ds.module, say)
-        self.graphs = Graphs(self.ds.module, self._sum_loss, device) if plan.cuda_graphs else None
+        self.loss_kernels = compile_blocks(self.ds.module, say) if plan.compile_blocks else IN_CHUNKS
+        self.graphs: Graphs | None = None
+        self.flat_step: FlatStep | None = None
+        if plan.cuda_graphs:
+            gradients = FixedGradients(self.ds.module, self.ds.optimizer.bit16_groups_flat if plan.zero_stage == 1 else ())
+            self.graphs = Graphs(gradients, self.ds.module, self._sum_loss, device, say)
+            if plan.zero_stage == 1:
+                self.flat_step = FlatStep(self.ds.optimizer, gradients.flats, plan.ds_config["gradient_clipping"])
         self._own_norm: torch.Tensor | None = None
         if self._optimizer_state:  # stages 0 and 3 make the states by a step on zeros, which must not count in the bias correction
             self._count_from(0)
@@ -87,14 +94,22 @@ class Engine:
             return self.graphs(batch)
         return self._sum_loss(self.ds, batch)
 
+    def warm_up(self, batch: MicroBatch, capture: bool) -> None:
+        """Forward and backward of a micro-batch without labels that count, so with gradients of 0, outside of any step: for what is made at
+        a shape's first use. capture: as a CUDA graph, too, where the plan has them. All ranks must call it with the same shape."""
+        self.backward(self.sum_loss(batch), 1, last=False)
+        if capture and self.graphs is not None:
+            self.graphs.capture(batch)
+
     def backward(self, sum_loss: torch.Tensor, label_tokens: int, last: bool) -> None:
         """Backward of one micro-batch: DeepSpeed averages over ranks, so the sum over N is multiplied by the world size.
 
         label_tokens: N of the whole optimizer step over all ranks. last: this micro-batch ends the step on this rank.
         """
-        self.ds.set_gradient_accumulation_boundary(last)
-        weighted = sum_loss * (self.world_size / max(1, label_tokens))
+        averaged = 1 if self.flat_step is not None else self.world_size
+        weighted = sum_loss * (averaged / max(1, label_tokens))
         if self.graphs is None:
+            self.ds.set_gradient_accumulation_boundary(last)
             self.ds.backward(weighted, scale_wrt_gas=False)
         else:
             weighted.backward()
@@ -108,6 +123,8 @@ class Engine:
         """The optimizer step at this learning rate. Returns (global gradient norm before clipping, whether it was applied)."""
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
+        if self.flat_step is not None:
+            return self.flat_step.step(), True
         self.ds.step()
         norm = self._own_norm if self._own_norm is not None else self.ds.get_global_grad_norm()
         return (float("nan") if norm is None else norm), self.ds.was_step_applied()
@@ -195,7 +212,7 @@ class Engine:
         groups = (p for group in self.ds.basic_optimizer.param_groups for p in group["params"])
         states = (value for state in self._optimizer_state.values() for value in state.values() if torch.is_tensor(value))
         seen: set[int] = set()
-        gradients = [] if self.graphs is None else [self.graphs.gradients.flat]
+        gradients = [] if self.graphs is None else list(self.graphs.gradients.flats)
         if self.plan.zero_stage == 3:
             gradients.append(self.ds.optimizer.grad_partitions_flat_buffer)
         held = (storage_bytes(tensors, seen) for tensors in (parameters, [*groups, *states, *self._fp32_partitions], gradients))
@@ -206,17 +223,19 @@ class Engine:
         self.ds.destroy()
 
     def _sum_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
-        return self.task.sum_loss(self.task.logits(model, batch), batch.labels)
+        loss: torch.Tensor = self.task.sum_loss(self.task.logits(model, batch), batch.labels, self.loss_kernels)
+        return loss
 
     def _reduce(self, gradients: FixedGradients) -> None:
-        """DeepSpeed's reduction over ranks of gradients that came about outside of its hooks."""
+        """Over ranks, of gradients that came about outside of DeepSpeed's hooks."""
         gradients.check_in_place()
-        if self.plan.zero_stage == 0:
-            gradients.hand_over()
-            self.ds.allreduce_gradients()
+        if self.flat_step is not None:
+            self.flat_step.reduce()
         else:
-            with self.ds.coalesce_grad_reduction():
-                gradients.hand_over()
+            gradients.hand_over()
+            self.ds.set_gradient_accumulation_boundary(True)
+            self.ds.allreduce_gradients()
+        gradients.taken = True
 
     def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return ((name, parameter) for name, parameter in self.ds.module.named_parameters() if parameter.requires_grad)

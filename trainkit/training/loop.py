@@ -134,6 +134,7 @@ def forward_and_backward(
         engine.backward(sum_loss, batch.label_tokens, last=micro is batch.micro_batches[-1])
         ended(BACKWARD)
         total += sum_loss.detach()
+        del sum_loss  # what is left of its graph would tie the gradients to its stream, and the next micro-batch may be captured on another
     return total
 
 

@@ -24,8 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from trainkit.data.feed import IGNORED_LABEL, MicroBatch
 from trainkit.errors import DataError
 from trainkit.planning.facts import Matrices, ModelFacts, Parameter
+from trainkit.planning.memory import BIASED_ATTENTION
 from trainkit.recipe.schema import Lora, Recipe
-from trainkit.training.loss import cross_entropy_sum
+from trainkit.training.loss import IN_CHUNKS, Kernels, cross_entropy_sum
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 Gathered = Callable[[torch.nn.Parameter], AbstractContextManager[Any]]
@@ -44,20 +45,29 @@ class Task:
     auto_class: Any
     peft_type: str
     logits: Callable[[torch.nn.Module, MicroBatch], torch.Tensor]
-    sum_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    sum_loss: Callable[..., torch.Tensor]  # of logits, labels and the Kernels that go over them
 
 
 def _seq2seq_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    decoder: Any = base_model(model)
-    shifted = decoder.prepare_decoder_input_ids_from_labels(batch.labels)
-    return model(input_ids=batch.input_ids, attention_mask=_mask(decoder, batch), decoder_input_ids=shifted, use_cache=False).logits
+    inner: Any = base_model(model)
+    shifted = inner.prepare_decoder_input_ids_from_labels(batch.labels)
+    return model(input_ids=batch.input_ids, decoder_input_ids=shifted, use_cache=False, **_masks(inner, batch, shifted)).logits
 
 
-def _mask(model: Any, batch: MicroBatch) -> torch.Tensor | None:
-    """In the shape in which SDPA takes it, [rows, 1, 1, source]: into one of [rows, source] transformers looks itself, whether it can do
-    without, and waits for the GPU to tell."""
-    mask = batch.attention_mask
-    return mask if mask is None or model.config._attn_implementation != "sdpa" else mask.bool()[:, None, None, :]
+def _masks(model: Any, batch: MicroBatch, decoder_ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """As attention takes them, with four dimensions, made once: into one of [rows, source] transformers looks itself, whether it can do
+    without, and waits for the GPU to tell; to make the decoder's for "eager" it copies a number from the host, and waits as well."""
+    mask, attention = batch.attention_mask, model.config._attn_implementation
+    if mask is None or attention not in ("sdpa", "eager") or not model._supports_sdpa:  # an older model, which wants two dimensions
+        return {"attention_mask": mask}
+    real = mask.bool()[:, None, None, :]
+    if attention == "sdpa":
+        return {"attention_mask": real}
+    place = torch.arange(decoder_ids.shape[1], device=mask.device)
+    before = (place[None, :] <= place[:, None])[None, None]
+    lowest = torch.finfo(model.dtype).min
+    added = (torch.where(seen, 0.0, lowest).to(model.dtype) for seen in (real, before))
+    return dict(zip(("attention_mask", "decoder_attention_mask"), added, strict=True))
 
 
 def _causal_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -69,9 +79,9 @@ def _causal_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     return model(input_ids=batch.input_ids, use_cache=False, **positions).logits
 
 
-def _causal_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _causal_sum(logits: torch.Tensor, labels: torch.Tensor, kernels: Kernels = IN_CHUNKS) -> torch.Tensor:
     """Labels move to the left, not logits to the right: those of all but the last position would be a copy."""
-    return cross_entropy_sum(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL))
+    return cross_entropy_sum(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL), kernels)
 
 
 def _class_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -244,16 +254,15 @@ def load_exported(folder: str | Path, task: str, precision: str) -> Any:
     """An exported model/ folder as plain transformers loads it, in evaluation mode, on the CPU. An adapter loads over its base."""
     folder, auto_class, dtype = Path(folder), TASKS[task].auto_class, DTYPES[precision]
     if not (folder / "adapter_config.json").exists():
-        return auto_class.from_pretrained(folder, dtype=dtype).eval()
+        return auto_class.from_pretrained(folder, dtype=dtype, **_attention(transformers.AutoConfig.from_pretrained(folder))).eval()
     import peft
 
     adapter = peft.PeftConfig.from_pretrained(str(folder))
     own_base = (folder / "base").is_dir()  # drawn at random, so it lies with its adapter
-    config = {"config": transformers.AutoConfig.from_pretrained(folder)} if (folder / "config.json").exists() else {}
-    base = auto_class.from_pretrained(
-        folder / "base" if own_base else adapter.base_model_name_or_path,
-        revision=None if own_base else adapter.revision, dtype=dtype, **config,
-    )  # fmt: skip
+    name, revision = (folder / "base", None) if own_base else (adapter.base_model_name_or_path, adapter.revision)
+    where = {} if (folder / "config.json").exists() else {"revision": revision}
+    config = transformers.AutoConfig.from_pretrained(name if where else folder, **where)
+    base = auto_class.from_pretrained(name, revision=revision, config=config, dtype=dtype, **_attention(config))
     return peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False).eval()
 
 
@@ -277,13 +286,15 @@ def _zero(model: torch.nn.Module, gathered: Gathered) -> None:
                 parameter.zero_()
 
 
-def _attention(recipe: Recipe) -> dict[str, Any]:
-    return {} if recipe.model.attn_implementation is None else {"attn_implementation": recipe.model.attn_implementation}
+def _attention(config: Any, wish: str | None = None) -> dict[str, Any]:
+    """What from_pretrained is told: the recipe's wish; else "eager" where a position bias leaves SDPA only its slowest kernel, in fp32."""
+    chosen = wish or ("eager" if config.model_type in BIASED_ATTENTION else None)
+    return {} if chosen is None else {"attn_implementation": chosen}
 
 
 def _from_config(recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
     try:
-        return TASKS[recipe.model.task].auto_class.from_config(config, dtype=dtype, **_attention(recipe))
+        return TASKS[recipe.model.task].auto_class.from_config(config, dtype=dtype, **_attention(config, recipe.model.attn_implementation))
     except (ValueError, ImportError) as error:
         raise DataError(f"model.path: {recipe.model.path}: the model cannot be built: {_first_line(error)}") from None
 
@@ -293,7 +304,7 @@ def _from_pretrained(recipe: Recipe, config: Any, dtype: torch.dtype | str) -> t
     try:
         model, info = TASKS[recipe.model.task].auto_class.from_pretrained(
             recipe.model.path, revision=recipe.model.revision, config=config, dtype=dtype, use_safetensors=True,
-            output_loading_info=True, **_attention(recipe),
+            output_loading_info=True, **_attention(config, recipe.model.attn_implementation),
         )  # fmt: skip
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise DataError(
