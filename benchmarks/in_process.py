@@ -61,7 +61,7 @@ class Rank:
         distributor = DataDistributor(
             {"train": Feeding(arrays, task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle=True)}
         )
-        plan = with_micro_batches(plan, recipe, distributor.shapes("train", 1, 32).items(), 32)
+        plan = with_micro_batches(plan, recipe, distributor.shapes("train", 1, 32).items(), 32, plan.total_steps)
         return cls(dist.get_rank(), recipe, plan, prepared, device, distributor)
 
     def feed(self) -> Feed:

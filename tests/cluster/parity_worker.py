@@ -80,14 +80,15 @@ def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any]
         _plant_nan(engine, step=3)
     records: list[StepRecord] = []
     feed = feed_of(recipe, plan, prepared, rank)
-    if ahead := steps_looked_at(plan, 1):  # compiled, or with the gradients of graphs
-        uses, columns = distributor_of(recipe, plan, prepared).shapes("train", 1, ahead), TokenArrays.open(prepared.train).columns
-        warm_up(engine, uses, 1, lambda shape: feed.padding.blank(shape, columns, recipe.data.packing))
     outcome = loop.Outcome()
     if "resume" in case:
         found = Checkpoint(Path(case["resume"]))
         restore(engine, found, feed.micro_batches(found.step + 1))
         outcome.steps = found.step
+    if ahead := steps_looked_at(plan, outcome.steps + 1):  # compiled, or with the gradients of graphs
+        first, columns = outcome.steps + 1, TokenArrays.open(prepared.train).columns
+        uses = distributor_of(recipe, plan, prepared).shapes("train", first, ahead)
+        warm_up(engine, uses, first, lambda shape: feed.padding.blank(shape, columns, recipe.data.packing))
     saver = Saver(Path(case["checkpoints"]), "1", keep=9) if "checkpoints" in case else None
 
     def save(outcome: loop.Outcome) -> None:

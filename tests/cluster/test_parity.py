@@ -144,6 +144,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     two += [case(f"{stage} causal", f"zero={stage}", rows(6), task="causal") for stage in ("zero2", "zero3")]
     two += [case(f"{stage} packed", f"zero={stage}", rows(6), "data.packing=true", task="causal") for stage in ("zero2", "zero3")]
     two += [case(f"{stage} apart", f"zero={stage}", rows(number), apart=True) for stage, number in (("zero0", 6), ("zero1", 2))]
+    two += [case("apart unclipped", "zero=zero1", rows(6), "optimizer.max_grad_norm=0", apart=True)]
+    one += [case("plain unclipped", "optimizer.max_grad_norm=0", plain=True)]
     two += [case("apart bf16", "zero=zero1", rows(6), "model.precision=bf16", apart=True)]
     two += [case("lora apart", "zero=zero1", rows(6), lora, task="causal", first_weights=str(lora_weights), apart=True)]
     two += [case(f"{stage} compiled", f"zero={stage}", rows(6), "model.compile=blocks") for stage in ("zero1", "zero3")]
@@ -209,6 +211,7 @@ def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
      ("zero3 packed", "plain causal"), ("recomputed", "plain causal"), ("zero2 lora", "plain lora"), ("zero3 lora", "plain lora"),
      ("zero2 label", "plain label"), ("zero3 label", "plain label"), ("zero2 stored", "plain"), ("zero3 stored", "plain"),
      ("zero3_offload stored", "plain"), ("zero0 apart", "plain"), ("zero1 apart", "plain"), ("lora apart", "plain lora"),
+     ("apart unclipped", "plain unclipped"),
      ("zero1 compiled", "plain"), ("zero3 compiled", "plain"), ("packed compiled", "plain causal"),
      ("recomputed compiled", "plain causal"), ("lora compiled", "plain lora")],
 )  # fmt: skip

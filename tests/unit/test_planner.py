@@ -267,7 +267,7 @@ def test_gradients_in_round_robin_order_are_switched_off_and_said() -> None:
 
 def known_from(plan: Plan, rows: int, source: int = 512, target: int = 488, steps: int = 1, **wish: Any) -> Plan:
     """With one shape of micro-batches, one of which each worker trains in a step."""
-    return with_micro_batches(plan, recipe_of(**wish), {(rows, source, target): plan.world_size * steps}.items(), steps)
+    return with_micro_batches(plan, recipe_of(**wish), {(rows, source, target): plan.world_size * steps}.items(), steps, plan.total_steps)
 
 
 def test_the_data_makes_the_peak_known() -> None:
@@ -334,7 +334,19 @@ def test_cuda_graphs_are_made_where_they_can_be_and_memory_allows() -> None:
     plan = plan_of("zero1", gpu(48), scaling=gpus)
     few, many = known_from(plan, 1), known_from(plan, 12)
     assert few.cuda_graphs and not any("no CUDA graphs" in note for note in few.notes)
-    assert not many.cuda_graphs and "no CUDA graphs" in many.notes[-1] and many.expected_peak_bytes is not None
+    assert not many.cuda_graphs and any("no CUDA graphs" in note for note in many.notes) and many.memory is not None
+    without = plan_of("zero1", gpu(48), scaling=gpus, model={"path": "t5", "task": "seq2seq", "cuda_graphs": False})
+    assert many.memory == without.memory, "as DeepSpeed does it"
+    wish = {"path": "t5", "task": "seq2seq", "cuda_graphs": True}
+    assert known_from(plan_of("zero1", gpu(48), scaling=gpus, model=wish), 12, model=wish).cuda_graphs, "who asks for them gets them"
+
+
+def test_where_states_fit_without_graphs_alone_there_are_none() -> None:
+    model = {"path": "t5", "task": "seq2seq"}
+    assert plan_of("zero1", gpu(6.5)).memory == plan_of("zero1", gpu(6.5), model=model | {"cuda_graphs": False}).memory
+    assert not plan_of("zero1", gpu(6.5)).cuda_graphs and plan_of("zero1", gpu(12)).cuda_graphs
+    with pytest.raises(RecipeError, match=r"model states take .* per GPU. Write false"):
+        plan_of("zero1", gpu(6.5), model=model | {"cuda_graphs": True})
 
 
 @pytest.mark.parametrize(
@@ -345,6 +357,8 @@ def test_cuda_graphs_are_made_where_they_can_be_and_memory_allows() -> None:
         ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, 139, {}, "overlap_comm"),
         ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, 139, {}, "grad_accum_dtype"),
         ("zero1", 139, {"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"}, 139, {}, "communication_data_type"),
+        ({"zero_optimization": {"stage": 1}, "compute_grad_norm": False}, 139, {}, "compute_grad_norm"),
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "check_grad_overflow": True}}, 139, {}, "check_grad_overflow"),
         ("zero1", 139, {"precision": "fp16", "path": "llama"}, "fp16"),
     ],
@@ -353,6 +367,14 @@ def test_what_cannot_be_captured_is_refused_with_its_reason(zero: Any, gib: floa
     facts = t5_large() if model.get("path") != "llama" else replace(t5_large(), model_type="llama")
     with pytest.raises(RecipeError, match=reason):
         plan_of(zero, gpu(gib), facts, scaling={"num_workers": 2}, model={"path": "t5", "task": "seq2seq", "cuda_graphs": True} | model)
+
+
+@pytest.mark.parametrize(("family", "way_out"), [("t5", r"Write model\.precision: fp32"), ("llama", r"fp16 \(or fp32\)")])
+def test_a_gpu_without_bf16_is_refused_with_what_it_can_train(family: str, way_out: str) -> None:
+    t4 = Hardware("cuda", "Tesla T4", 15 << 30, has_bf16=False)
+    with pytest.raises(RecipeError, match=rf"Tesla T4 has no bf16.*{way_out}"):
+        plan_of("zero3", t4, replace(t5_large(), model_type=family))
+    assert plan_of("zero3_offload", t4, model={"path": "t5", "task": "seq2seq", "precision": "fp32"}).precision == "fp32"
 
 
 def test_a_cpu_has_no_graphs() -> None:

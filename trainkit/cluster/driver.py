@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,10 @@ class _Run:
     halvings: int = 0  # of the micro-batch budget
     most_workers: int | None = None  # of the next attempt
     oom_kills: int = field(default_factory=hardware.oom_kills)  # before this attempt
+    without_data: Plan = field(init=False)  # `plan` before the shapes of micro-batches were known
+
+    def __post_init__(self) -> None:
+        self.without_data = self.plan
 
     def train(self) -> dict[str, Any]:
         """From the made folder to rank 0's outcome."""
@@ -170,15 +174,15 @@ class _Run:
         plan = self.decision.with_workers(workers_on(nodes, self.recipe.scaling, self.most_workers or decided)).plan
         for _ in range(self.halvings):
             plan = halved(plan) or plan
-        if plan != replace(self.plan, expected_activation_bytes=None, expected_peak_bytes=None):
+        if plan != self.without_data:
             self.folder.write_plan(plan.to_json())
             self._say(f"{plan.world_size} of {decided} workers; {batch_equation(plan)}", "yellow")
-        self.plan = plan
+        self.plan = self.without_data = plan
         return plan
 
     def _data_known(self, plan: Plan, shapes: Mapping[Shape, int], steps: int) -> Plan:
         """Once the data's first micro-batches are known, the plan says what they will take on the device, and what makes them fast."""
-        known = with_micro_batches(plan, self.recipe, shapes.items(), steps)
+        known = with_micro_batches(plan, self.recipe, shapes.items(), steps, plan.total_steps - self.done)
         if known != self.plan:
             self.folder.write_plan(known.to_json())
         if known.expected_peak_bytes is not None and not self.restarts:
@@ -186,7 +190,7 @@ class _Run:
                 f"expected at the peak: {format_bytes(known.expected_peak_bytes)} per device; the largest micro-batch of the first steps "
                 f"has {max(shape.cost for shape in shapes):,} padded tokens", "dim",
             )  # fmt: skip
-        for note in known.notes[len(plan.notes) :]:
+        for note in () if self.restarts else known.notes[len(plan.notes) :]:
             self._say(note, "dim")
         self.plan = known
         return known

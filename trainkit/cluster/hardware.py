@@ -37,7 +37,7 @@ def worker_device(use_gpu: bool, gpu_memory_bytes: int | None = None) -> Hardwar
     if torch.cuda.device_count() == 0:
         return Hardware("cuda", "GPU", None)
     properties = torch.cuda.get_device_properties(0)
-    return Hardware("cuda", properties.name, properties.total_memory)
+    return Hardware("cuda", properties.name, properties.total_memory, has_bf16=properties.major >= 8)
 
 
 def local_resources() -> dict[str, float]:

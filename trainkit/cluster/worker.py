@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from trainkit.cluster.hangs import Heart
+from trainkit.cluster.hardware import worker_device
 from trainkit.data.batches import Shape
 from trainkit.data.distributor import Distributors, said
 from trainkit.data.encoding import DEFAULT_LENGTH
@@ -33,7 +34,7 @@ from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
 from trainkit.inference.export import export_model, link_model
 from trainkit.inference.predict import Rank, load_plain
 from trainkit.markup import plain
-from trainkit.planning.planner import Plan
+from trainkit.planning.planner import Plan, check_precision
 from trainkit.planning.show import plan_text
 from trainkit.recipe.reader import recipe_to_yaml
 from trainkit.recipe.schema import Recipe
@@ -54,7 +55,6 @@ from trainkit.training.warm_up import steps_looked_at, warm_up
 
 _ANSWER_SECONDS = 5
 _EVALUATING = "evaluating"
-_WARMING_UP = "compiling and warming up"
 _RANKS_SECONDS = 1.0  # between two writes of what each rank measured
 _COPY_SECONDS = 1.0  # between two looks at the copy of the last checkpoint
 
@@ -106,6 +106,7 @@ class Worker:
         self.folder = RunFolder(Path(job.run_folder))
         self.folder.check_shared(job.attempt, self.rank, self.world_size, dist.barrier)
         self.device = ray.train.torch.get_device() if job.plan.use_gpu else torch.device("cpu")
+        check_precision(job.recipe, None, worker_device(job.plan.use_gpu))  # of this node, which the driver may not have seen
         self.tokenizer = load_tokenizer(job.recipe).tokenizer
         self.feeds = {"train": self._feed("train", job.plan.total_steps), "eval": self._feed("eval", job.eval_steps)}
         before = {} if job.checkpoint is None else read_state(job.checkpoint)
@@ -154,7 +155,7 @@ class Worker:
         self.saver.prepare(engine)
         if self.rank == 0:
             startup.ended(self.folder, startup.ENGINE)
-        warm_up(engine, uses(), self.step + 1, self.blank, lambda number, of: self.phase(f"{_WARMING_UP}: shape {number} of {of}"))
+        warm_up(engine, uses(), self.step + 1, self.blank, self.warms_up)
         if self.rank == 0:
             startup.ended(self.folder, startup.WARM_UP)
         self.phase("training")
@@ -195,6 +196,12 @@ class Worker:
             return dict
         answer = self.job.distributors.nearest().shapes.remote("train", first, count)
         return lambda: ray.get(answer)
+
+    def warms_up(self, number: int, of: int) -> None:
+        """Watched as the pieces of the first step are: compiling may take minutes, and ranks that wait for each other may hang."""
+        text = f"compiling and warming up: shape {number} of {of}"
+        self.phase(text)
+        self.heart.begins(self.step + 1, text)
 
     def blank(self, shape: Shape) -> MicroBatch:
         columns = TokenArrays.open(self.job.prepared.train).columns
@@ -396,8 +403,7 @@ class Worker:
 
     def as_out_of_memory(self, error: BaseException) -> OutOfMemory | None:
         step, _, piece, in_step, _ = self.heart.place
-        in_micro_batches = in_step or piece.startswith((_EVALUATING, _WARMING_UP))
-        return out_of_memory(error, self.plan, self.device, self.rank, step, piece, in_micro_batches)
+        return out_of_memory(error, self.plan, self.device, self.rank, step, piece, in_micro_batches=in_step or piece == _EVALUATING)
 
     def close(self) -> None:
         self.saver.close()

@@ -81,7 +81,7 @@ def check_exported(folder: Path, recipe: Recipe, whole: Tensors, batch: MicroBat
     Raises ExportMismatch.
     """
     try:
-        loaded = load_plain(folder, recipe.model.task, recipe.model.precision)
+        loaded = load_plain(folder, recipe.model.task, recipe.model.precision, recipe.model.attn_implementation)
     except Exception as error:  # each format fails in its own way, and all mean that the user cannot load it
         raise ExportMismatch(f"{folder}: transformers cannot load the exported model: {error}", what="loading") from error
     compare_tensors(folder, dict(loaded.named_parameters()) | _buffers(loaded), whole)

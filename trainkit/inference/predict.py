@@ -88,7 +88,7 @@ def load_run_model(recipe: Recipe, folder: Path) -> Any:
         raise DataError(f"{folder}: the model, or the base of its adapter, cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
-def load_plain(folder: str | Path, task: str, precision: str) -> Any:
+def load_plain(folder: str | Path, task: str, precision: str, attention: str | None = None) -> Any:
     """load_exported as in a process without DeepSpeed, also beside a living ZeRO-3 engine.
 
     There transformers would partition every model that it loads: a collective, and not the model that the user gets.
@@ -96,7 +96,7 @@ def load_plain(folder: str | Path, task: str, precision: str) -> Any:
     living = zero3_setting._hf_deepspeed_config_weak_ref
     zero3_setting.unset_hf_deepspeed_config()
     try:
-        return load_exported(folder, task, precision)
+        return load_exported(folder, task, precision, attention)
     finally:
         zero3_setting._hf_deepspeed_config_weak_ref = living
 

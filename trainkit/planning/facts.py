@@ -68,3 +68,4 @@ class Hardware:
     device: str  # "cuda" | "cpu"
     name: str  # "NVIDIA H200", "CPU"
     memory_bytes: int | None
+    has_bf16: bool = True  # in its matrix units: NVIDIA's have from compute capability 8.0 on

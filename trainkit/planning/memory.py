@@ -10,10 +10,10 @@ W: world size, b: bytes of the training precision. Flat partitions are T/W, roun
     stage 2   bP                2bT/W             12T/W       the same
     stage 3   bP/W + persistent bT/W              12T/W       reduce_bucket_size, gathered parameters
 
-Under stage 3 and with offload the whole gradient of a weight that is used several times is summed in two tensors: the largest
-weight's count as buckets. Optimizer offload moves gradient partitions and optimizer to the host and keeps there an fp32 gradient and a
-16 bit copy of the partition; on its way a gradient exists once more, in fp32. All of it was compared with the peak of a tiny step on
-H200 (tests/gpu/test_gpu_memory.py).
+With CUDA graphs stage 1 has no bucket. Under stage 3 and with offload the whole gradient of a weight that is used several times is summed
+in two tensors: the largest weight's count as buckets. Optimizer offload moves gradient partitions and optimizer to the host and keeps
+there an fp32 gradient and a 16 bit copy of the partition; on its way a gradient exists once more, in fp32. All of it was compared with
+the peak of a tiny step on H200 (tests/gpu/test_gpu_memory.py).
 Activations are not model states: `activation_bytes_per_token` bounds them.
 """
 
@@ -101,12 +101,20 @@ def model_state_bytes(facts: ModelFacts, zero: ZeroConfig, world_size: int, prec
     return stages[zero.stage](case)
 
 
-def with_fixed_gradients(memory: Memory, facts: ModelFacts, world_size: int, precision: str) -> Memory:
+def with_fixed_gradients(memory: Memory, precision: str) -> Memory:
     """Of stage 1 with CUDA graphs, where whole gradients are reduced at once (training/flat_zero1.py): there are no buckets, and at the
     step the partition's gradients exist beside all of them, as they were and in fp32."""
-    width, partition = PRECISION_BYTES[precision], -(-facts.num_trainable // world_size)
+    width, partition = PRECISION_BYTES[precision], memory.device["optimizer"] // 12
     device = memory.device | {"buckets": 0}
     return replace(memory, device=device, device_at_step=sum(device.values()) + (width + (0 if width == 4 else 4)) * partition)
+
+
+def without_fixed_gradients(memory: Memory, precision: str, zero_optimization: Mapping[str, Any]) -> Memory:
+    """The other way round: stage 1 as DeepSpeed does it."""
+    width, partition = PRECISION_BYTES[precision], memory.device["optimizer"] // 12
+    bucket = zero_optimization.get("reduce_bucket_size", ALLREDUCE_ELEMENTS) if zero_optimization.get("contiguous_gradients", True) else 0
+    at_step = memory.device["parameters"] + memory.device["optimizer"] + (2 * width + (0 if width == 4 else 4)) * partition
+    return replace(memory, device=memory.device | {"buckets": width * int(bucket)}, device_at_step=at_step)
 
 
 def _stage_0(case: _Case) -> Memory:

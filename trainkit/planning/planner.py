@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from trainkit.errors import DoesNotFit, Fault, RecipeError
 from trainkit.planning.deepspeed_config import resolve
@@ -21,6 +21,7 @@ from trainkit.planning.memory import (
     activation_bytes_per_token,
     model_state_bytes,
     with_fixed_gradients,
+    without_fixed_gradients,
 )
 from trainkit.planning.plan import Fit, Plan
 from trainkit.recipe.schema import Recipe
@@ -49,13 +50,18 @@ class _Steps:
 
 def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: DataFacts, hardware: Hardware) -> Plan:
     """Raises RecipeError for a precision that the model cannot take, DoesNotFit if the model states exceed the device's memory."""
-    _check_precision(recipe, model)
+    check_precision(recipe, model, hardware)
     world_size = _world_size(recipe)
     ds_config = resolve(recipe, zero, model, world_size, hardware)
     memory = None if model is None else model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config)
     graphs = _graphs(recipe, zero, ds_config, hardware)
-    if model is not None and memory is not None and graphs and zero.stage == 1:
-        memory = with_fixed_gradients(memory, model, world_size, recipe.model.precision)
+    if memory is not None and graphs and zero.stage == 1:
+        apart = with_fixed_gradients(memory, recipe.model.precision)
+        graphs = hardware.memory_bytes is None or apart.device_total <= hardware.memory_bytes
+        if graphs:
+            memory = apart
+        elif recipe.model.cuda_graphs:
+            _refuse_graphs(recipe, f"with them the model states take {format_bytes(apart.device_total)} per GPU")
     fits = shipped_fits(recipe, model, hardware) if hardware.memory_bytes is not None else ()
     _check_capacity(zero, memory, fits, world_size, hardware)
     steps = _steps(recipe, data)
@@ -99,33 +105,38 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
     )
 
 
-def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectangle, int]], steps: int) -> Plan:
-    """The plan once the data is known: its peak on a GPU, and whether compiling and CUDA graphs pay.
+def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectangle, int]], steps: int, left: int) -> Plan:
+    """The plan once the data is known: its peak on a GPU, and whether compiling and CUDA graphs pay, unless the recipe asks for them.
 
     uses: rows, source and target of each shape of micro-batches, and how often it occurs in so many steps, over all ranks.
-    Micro-batches that are not captured need memory of their own beside the CUDA graphs': where both may not fit, there are none. With
-    graphs a compiler saves work, not launches: a run that has too little of it would wait longer for the compiler than it gains, unless
-    the recipe asks for it.
+    left: steps that are still to be trained. Micro-batches that are not captured need memory of their own beside the CUDA graphs': where
+    both may not fit, there are none. With graphs a compiler saves work, not launches: a run that has too little of it would wait longer
+    for the compiler than it gains.
     """
     if plan.memory is None or plan.activation_bytes_per_token is None or not plan.use_gpu:
         return plan
     largest = max(rows * (source + target) for (rows, source, target), _ in uses)
     activations = largest * plan.activation_bytes_per_token
-    states, notes = sum(plan.memory.device.values()), list(plan.notes)
-    graphs, compiles = plan.cuda_graphs, plan.compile_blocks
-    if graphs and plan.device_memory is not None and states + GRAPHS_MEMORY * activations > plan.device_memory:
+    memory, notes = plan.memory, list(plan.notes)
+    graphs, compiles, states = plan.cuda_graphs, plan.compile_blocks, sum(memory.device.values())
+    beside = max(states + GRAPHS_MEMORY * activations, memory.device_at_step + GRAPHS_MEMORY / 2 * activations)
+    if graphs and recipe.model.cuda_graphs is None and plan.device_memory is not None and beside > plan.device_memory:
         graphs = False
+        if plan.zero_stage == 1:
+            memory = without_fixed_gradients(memory, plan.precision, plan.ds_config["zero_optimization"])
         notes.append("no CUDA graphs: micro-batches that are not captured need memory of their own beside them, and both may not fit")
-    if compiles and graphs and recipe.model.compile is None and plan.flops is not None and plan.peak_flops is not None:
-        work = sum(count * plan.flops.of(_work(*shape)) for shape, count in uses) / steps * plan.total_steps
+    captured = graphs and recipe.model.task != "classification"  # whose masks transformers looks into, and waits for the GPU
+    if compiles and captured and recipe.model.compile is None and plan.flops is not None and plan.peak_flops is not None:
+        work = sum(count * plan.flops.of(_work(*shape)) for shape, count in uses) / steps * left
         seconds = work / (UNCOMPILED_MFU * plan.peak_flops * plan.world_size)
         compiles = seconds >= COMPILED_FROM_SECONDS
         if not compiles:
             notes.append(f"blocks are not compiled: about {format_seconds(seconds)} of work, less than what would pay for the compiler")
     return replace(
         plan,
+        memory=memory,
         expected_activation_bytes=activations,
-        expected_peak_bytes=max(states + activations, plan.memory.device_at_step),
+        expected_peak_bytes=max(sum(memory.device.values()) + activations, memory.device_at_step),
         cuda_graphs=graphs,
         compile_blocks=compiles,
         notes=tuple(notes),
@@ -179,12 +190,19 @@ def _world_size(recipe: Recipe) -> int:
     return workers if isinstance(workers, int) else workers[-1]
 
 
-def _check_precision(recipe: Recipe, model: ModelFacts | None) -> None:
-    if recipe.model.precision == "fp16" and model is not None and model.model_type in BIASED_ATTENTION:
+def check_precision(recipe: Recipe, model: ModelFacts | None, hardware: Hardware) -> None:
+    """Raises RecipeError for a precision that the model or the device cannot take."""
+    biased = model is not None and model.model_type in BIASED_ATTENTION
+    message = None
+    if recipe.model.precision == "fp16" and model is not None and biased:
         message = (
             f"fp16 does not train {model.model_type}: the output of its wo layers passes 65,504, the largest fp16 number, and becomes inf, "
-            "then NaN. Write model.precision: bf16 (or fp32)"
+            f"then NaN. Write model.precision: {'bf16 (or fp32)' if hardware.has_bf16 else 'fp32'}"
         )
+    elif recipe.model.precision == "bf16" and not hardware.has_bf16:
+        message = f"{hardware.name} has no bf16, as GPUs have from compute capability 8.0 on. "
+        message += f"Write model.precision: {'fp32' if biased else 'fp16 (or fp32)'}"
+    if message is not None:
         raise RecipeError(faults=(Fault(recipe.name, None, "model.precision", message),))
 
 
@@ -196,14 +214,17 @@ def _compiles(recipe: Recipe, zero: ZeroConfig) -> bool:
 
 
 def _graphs(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], hardware: Hardware) -> bool:
-    """Raises RecipeError with what keeps forward and backward from being captured, if the recipe asks for it."""
+    """Whether they are made. Raises RecipeError with what keeps forward and backward from being captured, if the recipe asks for it."""
     accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", recipe.model.precision)
+    reduced = ds_config.get("communication_data_type", recipe.model.precision)
     reasons = {
         "a CPU has none": hardware.device == "cpu",
         f"ZeRO-{zero.stage} works on parameters or gradients in the middle of them": zero.stage > 1,
         "the optimizer's offload works on gradients in the middle of them": zero.offload_optimizer,
         "overlap_comm works on gradients in the middle of them": bool(ds_config["zero_optimization"].get("overlap_comm")),
         "grad_accum_dtype sums gradients in another type": accumulated != recipe.model.precision,
+        "communication_data_type reduces gradients in another type": reduced != recipe.model.precision,
+        "compute_grad_norm leaves out the norm, which is computed there": ds_config.get("compute_grad_norm") is False,
         "fp16 searches its loss scale on the host": recipe.model.precision == "fp16",
         "check_grad_overflow looks at the gradients on the host": bool(ds_config.get("bf16", {}).get("check_grad_overflow")),
         "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing,
@@ -214,8 +235,12 @@ def _graphs(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], hardwar
         return not recipe.train.deterministic if wish is None else wish
     for reason, holds in reasons.items():
         if holds and wish:
-            raise RecipeError(faults=(Fault(recipe.name, None, "model.cuda_graphs", f"cannot be true here: {reason}. Write false"),))
+            _refuse_graphs(recipe, reason)
     return False
+
+
+def _refuse_graphs(recipe: Recipe, reason: str) -> NoReturn:
+    raise RecipeError(faults=(Fault(recipe.name, None, "model.cuda_graphs", f"cannot be true here: {reason}. Write false"),))
 
 
 def _check_profile(recipe: Recipe, steps: _Steps) -> None:

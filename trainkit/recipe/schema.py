@@ -47,7 +47,7 @@ class Model(Section):
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, about a third more work.")
     compile: Literal["blocks", False] | None = Field(
         None,
-        description="blocks: torch.compile of the repeated blocks; null: on a GPU under ZeRO stages 0 to 2, unless train.deterministic.",
+        description="blocks: torch.compile of the repeated blocks; null: on a GPU under ZeRO stages 0 to 2, where the run is long enough.",
     )
     cuda_graphs: bool | None = Field(
         None,

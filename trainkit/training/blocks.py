@@ -36,7 +36,7 @@ def compile_blocks(model: torch.nn.Module, say: Callable[[str], None]) -> Kernel
     """
     torch._functorch.config.force_non_lazy_backward_lowering = True  # what does not compile shows in the forward, where there is a way back
     torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
-    blocks, loss = _Fallback("the model's blocks do", say), _Fallback("the loss does", say)
+    blocks, loss = _Fallback("the model's blocks", say), _Fallback("the loss", say)
     for block in repeated_blocks(model):
         block.forward = blocks.guarded(block.forward, block.forward, when=torch.is_grad_enabled)
     return Kernels(loss.guarded(log_sums_and_losses, IN_CHUNKS.forward), loss.guarded(write_gradient, IN_CHUNKS.backward))
@@ -61,7 +61,7 @@ class _Fallback:
                     raise
                 result = otherwise(*args, **kwargs)  # a fault of the model's own shows here, as what it is
                 self.failed = True
-                self.say(f"{self.what} not compile here and run uncompiled: {' '.join(str(error).split())[:_MOST_TOLD]}")
+                self.say(f"the compiler fails here on {self.what}, and they run uncompiled: {' '.join(str(error).split())[:_MOST_TOLD]}")
                 return result
 
         return compiled_function

@@ -3,7 +3,7 @@
 A graph belongs to one shape of micro-batches; their shapes come from a small set. A shape runs as it is when it is met first, and is
 captured when it has come some times, or when it is asked for. All graphs share one pool of memory, because only one of them runs at a
 time. Gradients are summed into fixed tensors, outside of what watches the parameters; who holds the engine hands them on when the step's
-last backward is done. A model that waits for the GPU in its forward cannot be captured, and runs as it is.
+last backward is done. A model that waits for the GPU, or draws numbers on the host (to skip layers), cannot be captured, and runs as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from trainkit.data.feed import IGNORED_LABEL, MicroBatch, tensors
 
 SumLoss = Callable[[Any, MicroBatch], torch.Tensor]  # of a model, or what is called like it
 MOST_GRAPHS = 256
+LITTLE_MEMORY = 8 << 30  # free bytes of a device
 MEETINGS = 8  # of a shape before it is captured, which takes as long as a graph saves in some ten uses
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -80,7 +81,7 @@ class Graphs:
         self.sum_loss = functools.partial(sum_loss, Twin(model, self.gradients.twins))
         self.made: dict[Shape, _Graph] = {}
         self.met: Counter[Shape] = Counter()
-        self.never_waits: bool | None = None  # None: not known yet
+        self.capturable: bool | None = None  # None: not known yet
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         if device.type == "cuda":
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
@@ -103,34 +104,40 @@ class Graphs:
     def capture(self, batch: MicroBatch) -> bool:
         """Make the graph of a shape that has run; returns whether there is one."""
         shape = _shape(batch)
-        if shape not in self.made and self.device.type == "cuda" and len(self.made) < MOST_GRAPHS and self._captures(batch):
+        if shape not in self.made and self.device.type == "cuda" and len(self.made) < MOST_GRAPHS and self.captures(batch):
             self.made[shape] = self._capture(batch)
         return shape in self.made
 
-    def _captures(self, batch: MicroBatch) -> bool:
-        """Whether forward and backward never wait for the GPU. Found out once, because a capture that fails leaves CUDA in disorder.
+    def captures(self, batch: MicroBatch) -> bool:
+        """Whether forward and backward can be captured. Found out once, because a capture that fails leaves CUDA in disorder.
 
-        Without labels that count, so that the gradients stay as they are.
+        Without labels that count, so that the gradients stay as they are, as does the state of the generators of random numbers.
         """
-        if self.never_waits is None:
-            mode = torch.cuda.get_sync_debug_mode()
+        if self.capturable is None and self.device.type == "cuda":
+            reason = self._what_cannot_be_captured(replace(batch, labels=torch.full_like(batch.labels, IGNORED_LABEL)))
+            self.capturable = reason is None
+            if reason is not None:
+                self.say(f"the model {reason}, so no CUDA graph can be made of it, and it runs as it is")
+        return bool(self.capturable)
+
+    def _what_cannot_be_captured(self, batch: MicroBatch) -> str | None:
+        mode, before = torch.cuda.get_sync_debug_mode(), torch.get_rng_state()
+        with torch.random.fork_rng([self.device]):
             torch.cuda.set_sync_debug_mode("error")
             try:
-                self.sum_loss(replace(batch, labels=torch.full_like(batch.labels, IGNORED_LABEL))).backward()
-                self.never_waits = True
+                self.sum_loss(batch).backward()
             except RuntimeError as error:
                 if "synchronizing" not in str(error):
                     raise
-                self.never_waits = False
-                self.say("the model waits for the GPU in its forward or backward, so no CUDA graph can be made of it, and it runs as it is")
+                return "waits for the GPU in its forward or backward"
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        return self.never_waits
+            return None if torch.equal(torch.get_rng_state(), before) else "draws random numbers on the host"
 
     def _capture(self, batch: MicroBatch) -> _Graph:
         """Nothing runs while it is captured; the next replay does the work."""
-        if not self.made:
-            torch.cuda.empty_cache()  # what the first runs left is better used by the graphs
+        if not self.made or torch.cuda.mem_get_info(self.device)[0] < LITTLE_MEMORY:
+            torch.cuda.empty_cache()  # what runs without graphs left is better used by the graphs
         inputs = replace(batch, **{name: value.clone() for name, value in tensors(batch).items()})  # type: ignore[arg-type]
         forward, backward, weight = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.ones((), device=self.device)
         with torch.compiler.set_stance("eager_on_recompile"):  # a compiler at work would break the capture
@@ -147,8 +154,11 @@ class Graphs:
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads copy the next batches meanwhile
             try:
                 yield
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # what went wrong first says more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.stream)
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed, behind the few verbs that the loop needs. The only room that knows it.
+"""DeepSpeed, behind the few verbs that the loop needs. No other room knows it; flat_zero1.py is this one's.
 
 The plan owns the batch arithmetic: DeepSpeed gets placeholder batch sizes and never scales a loss; the loop says which micro-batch ends
 an optimizer step. After building, the engine is asked back what it applies; anything else than the plan is an error.
@@ -98,11 +98,14 @@ class Engine:
         """Forward and backward of a micro-batch without labels that count, so with gradients of 0, outside of any step: for what is made at
         a shape's first use. capture: as a CUDA graph, too, where the plan has them. All ranks must call it with the same shape."""
         self.backward(self.sum_loss(batch), 1, last=False)
-        if capture and self.graphs is not None:
-            self.graphs.capture(batch)
+        if self.graphs is not None:
+            self.graphs.captures(batch)
+            if capture:
+                self.graphs.capture(batch)
+            self.graphs.gradients.taken = True  # whatever came of it
 
     def backward(self, sum_loss: torch.Tensor, label_tokens: int, last: bool) -> None:
-        """Backward of one micro-batch: DeepSpeed averages over ranks, so the sum over N is multiplied by the world size.
+        """Backward of one micro-batch. Where DeepSpeed averages over ranks, the sum over N is multiplied by the world size.
 
         label_tokens: N of the whole optimizer step over all ranks. last: this micro-batch ends the step on this rank.
         """
@@ -223,7 +226,8 @@ class Engine:
         self.ds.destroy()
 
     def _sum_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
-        loss: torch.Tensor = self.task.sum_loss(self.task.logits(model, batch), batch.labels, self.loss_kernels)
+        kernels = self.loss_kernels if torch.is_grad_enabled() else IN_CHUNKS
+        loss: torch.Tensor = self.task.sum_loss(self.task.logits(model, batch), batch.labels, kernels)
         return loss
 
     def _reduce(self, gradients: FixedGradients) -> None:

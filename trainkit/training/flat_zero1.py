@@ -35,8 +35,8 @@ class FlatStep:
         masters = self.optimizer.single_partition_of_fp32_groups
         gradients = [partition.to(master.dtype) for partition, master in zip(self.reduced, masters, strict=True)]
         self.reduced.clear()
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-        squares = torch.stack(norms).square().sum()
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        squares = torch.stack(norms).double().square().sum()
         dist.all_reduce(squares, group=self.optimizer.dp_process_group)
         norm = squares.sqrt().float()
         if self.max_norm > 0:

@@ -58,7 +58,8 @@ def _masks(model: Any, batch: MicroBatch, decoder_ids: torch.Tensor) -> dict[str
     """As attention takes them, with four dimensions, made once: into one of [rows, source] transformers looks itself, whether it can do
     without, and waits for the GPU to tell; to make the decoder's for "eager" it copies a number from the host, and waits as well."""
     mask, attention = batch.attention_mask, model.config._attn_implementation
-    if mask is None or attention not in ("sdpa", "eager") or not model._supports_sdpa:  # an older model, which wants two dimensions
+    two_dimensional = attention not in ("sdpa", "eager") or not model._supports_sdpa or _has_windows(model.config)
+    if mask is None or two_dimensional:  # older models, and those that make several masks of one
         return {"attention_mask": mask}
     real = mask.bool()[:, None, None, :]
     if attention == "sdpa":
@@ -68,6 +69,12 @@ def _masks(model: Any, batch: MicroBatch, decoder_ids: torch.Tensor) -> dict[str
     lowest = torch.finfo(model.dtype).min
     added = (torch.where(seen, 0.0, lowest).to(model.dtype) for seen in (real, before))
     return dict(zip(("attention_mask", "decoder_attention_mask"), added, strict=True))
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether some layers attend to what is near only."""
+    parts = (config, *(getattr(config, name, None) for name in ("encoder", "decoder")))
+    return any(getattr(part, "sliding_window", None) for part in parts)
 
 
 def _causal_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -250,19 +257,23 @@ def build_model(recipe: Recipe, first_weights: str | None, gathered: Gathered, l
     return model.train()
 
 
-def load_exported(folder: str | Path, task: str, precision: str) -> Any:
-    """An exported model/ folder as plain transformers loads it, in evaluation mode, on the CPU. An adapter loads over its base."""
+def load_exported(folder: str | Path, task: str, precision: str, attention: str | None = None) -> Any:
+    """An exported model/ folder in plain transformers, in evaluation mode, on the CPU. An adapter loads over its base.
+
+    attention: as in the recipe; the numbers of another kind differ by roundings.
+    """
     folder, auto_class, dtype = Path(folder), TASKS[task].auto_class, DTYPES[precision]
     if not (folder / "adapter_config.json").exists():
-        return auto_class.from_pretrained(folder, dtype=dtype, **_attention(transformers.AutoConfig.from_pretrained(folder))).eval()
+        config = transformers.AutoConfig.from_pretrained(folder)
+        return auto_class.from_pretrained(folder, config=config, dtype=dtype, **_attention(config, attention)).eval()
     import peft
 
     adapter = peft.PeftConfig.from_pretrained(str(folder))
     own_base = (folder / "base").is_dir()  # drawn at random, so it lies with its adapter
     name, revision = (folder / "base", None) if own_base else (adapter.base_model_name_or_path, adapter.revision)
-    where = {} if (folder / "config.json").exists() else {"revision": revision}
-    config = transformers.AutoConfig.from_pretrained(name if where else folder, **where)
-    base = auto_class.from_pretrained(name, revision=revision, config=config, dtype=dtype, **_attention(config))
+    with_head = (folder / "config.json").exists()
+    config = transformers.AutoConfig.from_pretrained(folder if with_head else name, revision=None if with_head else revision)
+    base = auto_class.from_pretrained(name, revision=revision, config=config, dtype=dtype, **_attention(config, attention))
     return peft.PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False).eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from trainkit.data.batches import Shape
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
 
 Told = Callable[[int, int], None]  # the number of a shape that is begun, from 1, and how many there are
 STEPS, SAMPLES = 256, 16_384  # that are looked at for their shapes, at most: composing them takes a second
+CAPTURED = 64  # shapes at most, which a catalogue has; budgets of rows make any number
 CAPTURED_FROM = 16  # uses on a rank: a capture costs about as much as a graph saves in so many
 
 
 def steps_looked_at(plan: Plan, first: int) -> int:
-    """From step `first` on; 0 where nothing is made at a shape's first use."""
-    if not (plan.compile_blocks or plan.cuda_graphs):
+    """From step `first` on; 0 where nothing is made at a shape's first use, and with the optimizer's offload, where DeepSpeed would keep
+    host memory for good that only accumulation needs."""
+    if not (plan.compile_blocks or plan.cuda_graphs) or plan.offload_optimizer:
         return 0
     return max(0, min(STEPS, max(1, SAMPLES // plan.samples_per_step), plan.total_steps - first + 1))
 
@@ -28,13 +31,14 @@ def warm_ups(uses: Mapping[Shape, int], first: int, plan: Plan) -> list[tuple[Sh
     """The shapes to run, dearest first, and whether a CUDA graph is made of each: the same on all ranks.
 
     uses: of each shape in the steps that are looked at from step `first` on, over all ranks. The compiler makes one kernel for all sizes
-    but 1, and another one where two are equal: of each such kind the dearest shape is run.
+    but 1, and another one where two of them are equal: of each such kind the dearest shape is run.
     """
     chosen, kinds = [], set()
     of_rank = (plan.total_steps - first + 1) / max(1, steps_looked_at(plan, first)) / plan.world_size
+    often = sorted(uses, key=lambda shape: -uses[shape])[:CAPTURED] if plan.cuda_graphs else []
     for shape in sorted(uses, key=lambda shape: (-shape.cost, shape)):
-        kind = *(size == 1 for size in shape), shape.source == shape.target
-        captured = plan.cuda_graphs and uses[shape] * of_rank >= CAPTURED_FROM
+        kind = tuple(size == 1 for size in shape), tuple(a == b for a, b in combinations(shape, 2))
+        captured = shape in often and uses[shape] * of_rank >= CAPTURED_FROM
         if captured or kind not in kinds:
             chosen.append((shape, captured))
         kinds.add(kind)
