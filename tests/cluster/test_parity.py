@@ -148,7 +148,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     one += [case("plain unclipped", "optimizer.max_grad_norm=0", plain=True)]
     two += [case("apart bf16", "zero=zero1", rows(6), "model.precision=bf16", apart=True)]
     two += [case("lora apart", "zero=zero1", rows(6), lora, task="causal", first_weights=str(lora_weights), apart=True)]
-    two += [case(f"{stage} compiled", f"zero={stage}", rows(6), "model.compile=blocks") for stage in ("zero1", "zero3")]
+    two += [case(f"{stage} compiled", f"zero={stage}", rows(6), "model.compile=blocks") for stage in ("zero0", "zero1", "zero3")]
     by_task = {"packed": ["data.packing=true"], "recomputed": ["model.gradient_checkpointing=true"], "lora": [lora]}
     two += [
         case(f"{kind} compiled", "zero=zero2", rows(6), "model.compile=blocks", *keys, task="causal",
@@ -212,7 +212,7 @@ def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
      ("zero2 label", "plain label"), ("zero3 label", "plain label"), ("zero2 stored", "plain"), ("zero3 stored", "plain"),
      ("zero3_offload stored", "plain"), ("zero0 apart", "plain"), ("zero1 apart", "plain"), ("lora apart", "plain lora"),
      ("apart unclipped", "plain unclipped"),
-     ("zero1 compiled", "plain"), ("zero3 compiled", "plain"), ("packed compiled", "plain causal"),
+     ("zero0 compiled", "plain"), ("zero1 compiled", "plain"), ("zero3 compiled", "plain"), ("packed compiled", "plain causal"),
      ("recomputed compiled", "plain causal"), ("lora compiled", "plain lora")],
 )  # fmt: skip
 def test_every_kind_of_model_trains_as_torch_alone(results: Table, name: str, plain: str) -> None:

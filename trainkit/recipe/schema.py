@@ -49,9 +49,8 @@ class Model(Section):
         None,
         description="blocks: torch.compile of the repeated blocks; null: on a GPU under ZeRO stages 0 to 2, where the run is long enough.",
     )
-    cuda_graphs: bool | None = Field(
-        None,
-        description="Forward and backward as two CUDA graphs for each shape; null: on a GPU under stages 0 and 1, where memory allows.",
+    cuda_graphs: bool = Field(
+        False, description="ZeRO stages 0 and 1: launch forward and backward as two CUDA graphs for each shape of micro-batches."
     )
     lora: Lora | None = Field(None, description="Train low-rank matrices only; null trains all parameters.")
 
