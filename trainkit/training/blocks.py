@@ -61,9 +61,8 @@ class _Fallback:
                     raise
                 result = otherwise(*args, **kwargs)  # a fault of the model's own shows here, as what it is
                 self.failed = True
-                self.say(
-                    f"the compiler fails here on {self.what}, without which training is only slower: {' '.join(str(error).split())[:_MOST_TOLD]}"
-                )
+                reason = " ".join(str(error).split())[:_MOST_TOLD]
+                self.say(f"the compiler fails here on {self.what}, without which training is only slower: {reason}")
                 return result
 
         return compiled_function
