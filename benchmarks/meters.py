@@ -88,6 +88,7 @@ def main() -> None:
         recipe, plan = rank.recipe, rank.plan
         folder = RunFolder.create(runs, "meters") if rank.number == 0 else None
         engine, feed = rank.engine(), rank.feed()
+        rank.warm_up(engine, feed)
         ways = {"without": bare(engine, feed, plan, recipe), "with": metered(engine, feed, plan, recipe, folder)}
         count, seconds = options.steps // BLOCKS, {name: list[float]() for name in ways}
         ways["without"](1, WARM_UP)

@@ -56,6 +56,7 @@ class Clock:
         self.rank, self.warm_up, self.steps, self.began = rank, warm_up, steps, began
         self.done, self.ticks, self.first_step = 0, list[float](), 0.0
         self.records: list[StepRecord] = []  # of trainkit's own loop
+        self.graphs = 0  # that were made before its first step
         self.trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if rank.device.type == "cuda" else None
 
     @property
@@ -141,6 +142,7 @@ def work_of(rank: Rank) -> tuple[Work, int]:
 def ours(rank: Rank, clock: Clock) -> None:
     engine, feed = rank.engine(), rank.feed()
     rank.warm_up(engine, feed)
+    clock.graphs = 0 if engine.graphs is None else len(engine.graphs.made)
     until = replace(rank.plan, total_steps=clock.total, eval_every=0, save_every=0)
     around = loop.Surroundings(
         clock.records.append,
@@ -253,7 +255,7 @@ def report(case: str, clock: Clock) -> str:
     """The line of a case. Compilation and graphs are trainkit's own."""
     rank, plan = clock.rank, clock.rank.plan
     keys = {"case": case, "model": Path(rank.recipe.model.path).name, "zero": plan.zero_name, "precision": plan.precision}
-    own = {"compile": plan.compile_blocks, "cuda_graphs": plan.cuda_graphs} if case == "ours" else {}
+    own = {"compile": plan.compile_blocks, "cuda_graphs": clock.graphs if plan.cuda_graphs else False} if case == "ours" else {}
     versions = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
     return json.dumps(keys | own | clock.result() | {"commit": commit()} | versions)
 

@@ -10,7 +10,8 @@
     │   ├── NonFiniteError     a loss or gradient is NaN or infinite, or DeepSpeed skipped the step
     │   ├── OutOfMemory        3   a GPU or a host has no memory left: it does not fit
     │   ├── PlanMismatch       the engine applies something else than the plan says
-    │   └── ExportMismatch     the exported model is not the trained one
+    │   ├── ExportMismatch     the exported model is not the trained one
+    │   └── CaptureError       CUDA could not make a graph of forward and backward
     └── Interrupted      130   Ctrl-C, SIGTERM
 
 Each error carries its facts as keyword arguments and as attributes, and survives pickling (Ray sends errors between processes;
@@ -106,6 +107,10 @@ class PlanMismatch(TrainingError):
 
 class ExportMismatch(TrainingError):
     """Facts: what."""
+
+
+class CaptureError(TrainingError):
+    """Of one rank, whose CUDA is in disorder afterwards."""
 
 
 class Interrupted(TrainkitError):

@@ -47,15 +47,15 @@ CPU = torch.device("cpu")
 blocks.BACKEND = "aot_eager"  # all of torch.compile but the making of kernels, which takes minutes on two cores
 
 
-def distributor_of(recipe: Recipe, plan: Plan, prepared: Prepared, shuffle: bool = True) -> DataDistributor:
+def distributor_of(recipe: Recipe, plan: Plan, prepared: Prepared, shuffle: bool = True, joint: bool = False) -> DataDistributor:
     budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
     feeding = Feeding(str(prepared.train), recipe.model.task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle,
-                      limits(recipe)["max_length"] if recipe.data.packing else None)  # fmt: skip
+                      plan.total_steps if joint else 0, limits(recipe)["max_length"] if recipe.data.packing else None)  # fmt: skip
     return DataDistributor({"train": feeding})
 
 
-def feed_of(recipe: Recipe, plan: Plan, prepared: Prepared, rank: int, shuffle: bool = True) -> Feed:
-    distributor = distributor_of(recipe, plan, prepared, shuffle)
+def feed_of(recipe: Recipe, plan: Plan, prepared: Prepared, rank: int, shuffle: bool = True, joint: bool = False) -> Feed:
+    distributor = distributor_of(recipe, plan, prepared, shuffle, joint)
     tokenizer = load_tokenizer(recipe).tokenizer
     padding = Padding(recipe.model.task, tokenizer.pad_token_id, tokenizer.eos_token_id)
     source = Source(lambda first, count: partial(distributor.steps, "train", first, count, rank))
@@ -79,7 +79,7 @@ def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any]
     if case["fault"] == "NaN on rank 1" and rank == 1:
         _plant_nan(engine, step=3)
     records: list[StepRecord] = []
-    feed = feed_of(recipe, plan, prepared, rank)
+    feed = feed_of(recipe, plan, prepared, rank, joint=case.get("joint", False))
     outcome = loop.Outcome()
     if "resume" in case:
         found = Checkpoint(Path(case["resume"]))
@@ -87,7 +87,7 @@ def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any]
         outcome.steps = found.step
     if ahead := steps_looked_at(plan, outcome.steps + 1):  # compiled, or with the gradients of graphs
         first, columns = outcome.steps + 1, TokenArrays.open(prepared.train).columns
-        uses = distributor_of(recipe, plan, prepared).shapes("train", first, ahead)
+        uses = distributor_of(recipe, plan, prepared, joint=case.get("joint", False)).shapes("train", first, ahead)
         warm_up(engine, uses, first, lambda shape: feed.padding.blank(shape, columns, recipe.data.packing))
     saver = Saver(Path(case["checkpoints"]), "1", keep=9) if "checkpoints" in case else None
 

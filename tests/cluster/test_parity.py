@@ -143,11 +143,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     two += [case(f"{stage} bf16", f"zero={stage}", rows(6), "model.precision=bf16", export=True) for stage in STAGES]
     two += [case(f"{stage} causal", f"zero={stage}", rows(6), task="causal") for stage in ("zero2", "zero3")]
     two += [case(f"{stage} packed", f"zero={stage}", rows(6), "data.packing=true", task="causal") for stage in ("zero2", "zero3")]
-    two += [case(f"{stage} apart", f"zero={stage}", rows(number), apart=True) for stage, number in (("zero0", 6), ("zero1", 2))]
+    two += [case(f"{stage} apart", f"zero={stage}", rows(number), apart=True, joint=True) for stage, number in (("zero0", 6), ("zero1", 2))]
     two += [case("apart unclipped", "zero=zero1", rows(6), "optimizer.max_grad_norm=0", apart=True)]
     one += [case("plain unclipped", "optimizer.max_grad_norm=0", plain=True)]
     two += [case("apart bf16", "zero=zero1", rows(6), "model.precision=bf16", apart=True)]
-    two += [case("lora apart", "zero=zero1", rows(6), lora, task="causal", first_weights=str(lora_weights), apart=True)]
+    two += [case("lora apart", "zero=zero1", rows(6), lora, task="causal", first_weights=str(lora_weights), apart=True, joint=True)]
     two += [case(f"{stage} compiled", f"zero={stage}", rows(6), "model.compile=blocks") for stage in ("zero0", "zero1", "zero3")]
     by_task = {"packed": ["data.packing=true"], "recomputed": ["model.gradient_checkpointing=true"], "lora": [lora]}
     two += [

@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ def run_cases(measured: Callable[[dict[str, Any], torch.device], Any], cases_fil
     dist.init_process_group("nccl", device_id=device)
     torch.ones(1, device=device).sum().item()  # the context and the first block of the allocator are no model states
     dist.barrier()
-    results = {case["name"]: measured(case, device) for case in json.loads(Path(cases_file).read_text())}
+    results, began = {}, time.monotonic()
+    for case in json.loads(Path(cases_file).read_text()):
+        results[case["name"]] = measured(case, device)
+        print(f"{time.monotonic() - began:6.1f} s  {case['name']}", results[case["name"]], flush=True)
     if dist.get_rank() == 0:
         Path(results_file).write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -219,6 +219,22 @@ def test_ready_rows_longer_than_a_packed_sequence_make_it_longer(tmp_path: Path)
     assert sorted(step.micro_batches[0].sample_ids.tolist()) == [0, 1, 2] and step.micro_batches[0].shape.source >= 700
 
 
+@pytest.mark.parametrize("budget", [TOKENS, Budget(rows=4)])
+def test_joined_shapes_are_fewer_and_hold_the_same_samples(tmp_path: Path, budget: Budget) -> None:
+    """Whichever step is asked for first, and with any workers that share the micro-batches."""
+    feeding = feeding_of(tmp_path / "a", 192, budget=budget)
+    alone, joined = DataDistributor({"train": feeding}), DataDistributor({"train": replace(feeding, joined_for=12)})
+    shared = DataDistributor({"train": replace(feeding, joined_for=12, world_size=4 if budget.rows else 1)})
+    shared.shapes("train", 9, 1)
+    for step in range(1, 13):
+        (ids, parts), (same_ids, padded), (_, of_shared) = (each.composed("train", step) for each in (alone, joined, shared))
+        assert ids.tolist() == same_ids.tolist() and [part.shape for part in of_shared] == [part.shape for part in padded]
+        for part, more in zip(parts, padded, strict=True):
+            assert part.samples.tolist() == more.samples.tolist()
+            assert all(size <= room for size, room in zip(part.shape, more.shape, strict=True))
+    assert len(joined.shapes("train", 1, 12)) < len(alone.shapes("train", 1, 12))
+
+
 def test_the_shapes_of_the_steps_ahead_are_counted_over_all_ranks(tmp_path: Path) -> None:
     feeding = feeding_of(tmp_path / "a", 75)
     distributor = DataDistributor({"train": feeding})

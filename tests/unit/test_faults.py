@@ -12,6 +12,7 @@ from trainkit.cluster.faults import Allowed, Failure, Verdict
 from trainkit.cluster.faults import decide as decide_on
 from trainkit.errors import (
     CapacityError,
+    CaptureError,
     DataError,
     ExportMismatch,
     Fault,
@@ -157,6 +158,18 @@ def test_an_elastic_run_shrinks_when_its_workers_find_no_place_and_no_other_does
     assert verdict.again and verdict.shrink and not verdict.halve
     assert not decide([outside(8), NO_PLACE, outside(9)], 1).again
     assert decide([outside(8), NO_PLACE, outside(9)], 2).why == "restart 2 of at most 2"
+
+
+def test_graphs_that_nobody_asked_for_are_given_up_where_they_may_have_failed() -> None:
+    failed = CaptureError("no CUDA graph can be made of forward and backward: operation not permitted")
+    full, host = OutOfMemory("rank 0 ran out of GPU memory", device="GPU"), OutOfMemory("want of host memory", device="host")
+    assert not decide([Failure.of(failed, 0, 0)], MANY).again, "the recipe asks for them"
+    for error in (failed, full):
+        failure = Failure.of(error, 0, 0, graphs=True)
+        verdict = decide([failure], 0, halve=True)
+        assert verdict.again and verdict.ungraph and not verdict.halve and verdict.why == "going on without CUDA graphs"
+        assert decide([failure, OUT_OF_MEMORY], 1, halve=True).halve, "it counts for nothing"
+    assert not Failure.of(host, 0, 0, graphs=True).of_graphs and not Failure.of(TrainingError("a bug"), 0, 0, graphs=True).of_graphs
 
 
 @given(before=FAILURES, halve=st.booleans(), shrink=st.booleans())

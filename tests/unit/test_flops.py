@@ -135,6 +135,22 @@ def test_a_count_that_would_mislead_is_left_out_and_the_rest_is_planned(why: str
     assert plan.memory is not None and plan.memory.device_total > 0 and plan.total_steps == 50
 
 
+def test_models_that_decide_on_the_host_what_runs_are_known(tmp_path: Path) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 400}
+    configs = {
+        True: transformers.MixtralConfig(**shape, num_key_value_heads=2, num_local_experts=2),
+        False: transformers.LlamaConfig(**shape),
+    }
+    for decides, config in configs.items():
+        config.save_pretrained(tmp_path / config.model_type)
+        recipe = recipe_of("causal", tmp_path / config.model_type, tmp_path, path="x")
+        assert model_facts(recipe).decides_on_host == decides
+    bart = SMALL["bart"].to_dict()
+    for rate in (0.0, 0.1):
+        transformers.BartConfig(**bart | {"decoder_layerdrop": rate}).save_pretrained(tmp_path / "bart")
+        assert model_facts(recipe_of("seq2seq", tmp_path / "bart", tmp_path, path="x")).decides_on_host == (rate > 0)
+
+
 def test_a_module_that_peft_trains_a_copy_of_counts_once() -> None:
     model, settings = model_of("llama"), {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
     alone = peft.get_peft_model(model, peft.LoraConfig(**settings))

@@ -305,9 +305,9 @@ def test_blocks_are_compiled_on_a_gpu_where_that_was_tried() -> None:
 
 def test_a_run_with_graphs_is_compiled_where_that_pays() -> None:
     """60 rows of 20 + 16 tokens in 880 steps, of T5-large, are 4.3 PFLOP: 29 s at 15 % of an H200's 989 TFLOP/s."""
-    model = {"path": "t5", "task": "seq2seq", "cuda_graphs": True}
-    flops = TrainingFlops(2_100_000_000, 2_500_000_000, 0, 0, 0)
-    plan = replace(plan_of("zero1", gpu(139), train={"max_steps": 880}, model=model), flops=flops, peak_flops=989e12)
+    wish, flops = {"train": {"max_steps": 880}}, TrainingFlops(2_100_000_000, 2_500_000_000, 0, 0, 0)
+    plan = replace(plan_of("zero1", gpu(139), **wish), flops=flops, peak_flops=989e12)
+    model = {"path": "t5", "task": "seq2seq"}
     short, long = known_from(plan, 60, 20, 16), known_from(replace(plan, total_steps=9000), 60, 20, 16)
     assert plan.compile_blocks and not short.compile_blocks and "not compiled: about 29" in short.notes[-1]
     assert long.compile_blocks and long.notes == plan.notes
@@ -326,14 +326,28 @@ def test_cuda_graphs_keep_the_gradients_where_they_are() -> None:
     assert plan.memory.device_at_step == sum(plan.memory.device.values()) + (2 + 4) * partition
 
 
-def test_graphs_that_may_not_fit_are_told() -> None:
-    model = {"path": "t5", "task": "seq2seq", "cuda_graphs": True}
-    plan = plan_of("zero1", gpu(48), scaling={"num_workers": 2}, model=model)
-    assert not any("both may not fit" in note for note in known_from(plan, 1).notes)
-    assert any("both may not fit" in note for note in known_from(plan, 12).notes)
+def test_cuda_graphs_are_made_where_they_can_be_and_memory_allows() -> None:
+    gpus = {"num_workers": 2, "use_gpu": True}
+    made = [zero for zero in ("zero0", "zero1", "zero2", "zero3") if plan_of(zero, gpu(139), scaling=gpus).cuda_graphs]
+    assert made == ["zero0", "zero1"]
+    assert not plan_of("zero1", gpu(139), scaling=gpus, train={"epochs": 1, "deterministic": True}).cuda_graphs
+    plan = plan_of("zero1", gpu(48), scaling=gpus)
+    few, many = known_from(plan, 1), known_from(plan, 12)
+    assert few.cuda_graphs and not any("no CUDA graphs" in note for note in few.notes)
+    assert not many.cuda_graphs and any("no CUDA graphs" in note for note in many.notes) and many.memory is not None
+    without = plan_of("zero1", gpu(48), scaling=gpus, model={"path": "t5", "task": "seq2seq", "cuda_graphs": False})
+    assert many.memory == without.memory, "as DeepSpeed does it"
+    wish = {"path": "t5", "task": "seq2seq", "cuda_graphs": True}
+    asked = known_from(plan_of("zero1", gpu(48), scaling=gpus, model=wish), 12, model=wish)
+    assert asked.cuda_graphs and "both may not fit" in asked.notes[-1], "who asks for them gets them, and is told"
+
+
+def test_where_states_fit_without_graphs_alone_there_are_none() -> None:
+    model = {"path": "t5", "task": "seq2seq"}
+    assert plan_of("zero1", gpu(6.5)).memory == plan_of("zero1", gpu(6.5), model=model | {"cuda_graphs": False}).memory
+    assert not plan_of("zero1", gpu(6.5)).cuda_graphs and plan_of("zero1", gpu(12)).cuda_graphs
     with pytest.raises(RecipeError, match=r"model states take .* per GPU. Write false"):
-        plan_of("zero1", gpu(6.5), model=model)
-    assert plan_of("zero1", gpu(6.5)).memory is not None, "without them they fit"
+        plan_of("zero1", gpu(6.5), model=model | {"cuda_graphs": True})
 
 
 @pytest.mark.parametrize(
@@ -344,16 +358,22 @@ def test_graphs_that_may_not_fit_are_told() -> None:
         ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, 139, {}, "overlap_comm"),
         ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, 139, {}, "grad_accum_dtype"),
         ("zero1", 139, {"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, 139, {}, "compute_grad_norm"),
         ({"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"}, 139, {}, "communication_data_type"),
-        ({"zero_optimization": {"stage": 1}, "compute_grad_norm": False}, 139, {}, "compute_grad_norm"),
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "check_grad_overflow": True}}, 139, {}, "check_grad_overflow"),
         ("zero1", 139, {"precision": "fp16", "path": "llama"}, "fp16"),
+        ("zero1", 139, {"task": "classification", "path": "llama"}, "classification model's masks"),
+        ("zero1", 139, {"path": "mixtral"}, "a mixtral model decides on the host"),
     ],
 )
 def test_what_cannot_be_captured_is_refused_with_its_reason(zero: Any, gib: float, model: dict[str, Any], reason: str) -> None:
-    facts = t5_large() if model.get("path") != "llama" else replace(t5_large(), model_type="llama")
+    """And has none where nobody asks for them."""
+    path = model.get("path", "t5")
+    facts = t5_large() if path == "t5" else replace(t5_large(), model_type=path, decides_on_host=path == "mixtral")
+    wish = {"path": path, "task": "seq2seq"} | model
     with pytest.raises(RecipeError, match=reason):
-        plan_of(zero, gpu(gib), facts, scaling={"num_workers": 2}, model={"path": "t5", "task": "seq2seq", "cuda_graphs": True} | model)
+        plan_of(zero, gpu(gib), facts, scaling={"num_workers": 2}, model=wish | {"cuda_graphs": True})
+    assert not plan_of(zero, gpu(gib), facts, scaling={"num_workers": 2}, model=wish).cuda_graphs
 
 
 @pytest.mark.parametrize(("family", "way_out"), [("t5", r"Write model\.precision: fp32"), ("llama", r"fp16 \(or fp32\)")])

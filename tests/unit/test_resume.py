@@ -241,6 +241,15 @@ def test_the_budget_that_the_plan_chose_stays_while_the_layout_does(storage: Pat
     assert found.model_copy(update={"batch": recipe.batch}) == recipe and recipe.batch.tokens_per_device == "auto"
 
 
+def test_graphs_that_failed_stay_away_unless_they_are_asked_for(storage: Path) -> None:
+    folder = begun(asked(storage))
+    folder.append_failure({"kind": "NodeDied", "of_graphs": False})
+    assert resumed_recipe(folder, asked(storage)).model.cuda_graphs is None
+    folder.append_failure({"kind": "CaptureError", "of_graphs": True})
+    assert resumed_recipe(folder, asked(storage)).model.cuda_graphs is False
+    assert resumed_recipe(folder, asked(storage, "model.cuda_graphs=true")).model.cuda_graphs is True
+
+
 @pytest.mark.parametrize("change", ["scaling.num_workers=1", "zero=zero1", "model.gradient_checkpointing=true"])
 def test_another_layout_gets_a_budget_of_its_own(storage: Path, change: str) -> None:
     assert resumed_recipe(begun(asked(storage)), asked(storage, change)).batch.tokens_per_device == "auto"

@@ -28,7 +28,7 @@ from trainkit.cluster.session import cluster_address, environment, environment_s
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
 from trainkit.errors import DataError, Interrupted, TrainingError, TrainkitError, UsageError
-from trainkit.planning.planner import Plan, halved, with_micro_batches
+from trainkit.planning.planner import Plan, halved, with_micro_batches, without_graphs
 from trainkit.planning.show import batch_equation, plan_text
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
@@ -94,6 +94,7 @@ class _Run:
     restarts: int = 0
     done: int = 0  # steps that this attempt began with
     halvings: int = 0  # of the micro-batch budget
+    ungraphed: bool = False  # CUDA graphs, or the memory they take, have failed
     most_workers: int | None = None  # of the next attempt
     oom_kills: int = field(default_factory=hardware.oom_kills)  # before this attempt
     without_data: Plan = field(init=False)  # `plan` before the shapes of micro-batches were known
@@ -150,13 +151,16 @@ class _Run:
     def _restart_or_raise(self, failure: Exception, checkpoint: Checkpoint | None) -> None:
         error = _cause(failure, self)
         steps = self.folder.read_steps()
-        self.failures.append(Failure.of(error, 0 if checkpoint is None else checkpoint.step, steps[-1]["step"] if steps else 0))
+        began_at, ended_at = 0 if checkpoint is None else checkpoint.step, steps[-1]["step"] if steps else 0
+        graphs = self.plan.cuda_graphs and self.recipe.model.cuda_graphs is None
+        self.failures.append(Failure.of(error, began_at, ended_at, graphs))
         self.folder.append_failure(asdict(self.failures[-1]))
         verdict = decide_what_to_do(self.failures, self._allowed(error))
         if self.signals.taken or not verdict.again:
             raise error from failure
         self.restarts += 1
         self.halvings += verdict.halve
+        self.ungraphed |= verdict.ungraph
         self.most_workers = self.plan.world_size - 1 if verdict.shrink else None
         self._say(f"{error.message}\n{verdict.why}", "yellow")
 
@@ -174,8 +178,10 @@ class _Run:
         plan = self.decision.with_workers(workers_on(nodes, self.recipe.scaling, self.most_workers or decided)).plan
         for _ in range(self.halvings):
             plan = halved(plan) or plan
+        plan = without_graphs(plan) if self.ungraphed else plan
         if plan != self.without_data:
             self.folder.write_plan(plan.to_json())
+        if batch_equation(plan) != batch_equation(self.without_data):
             self._say(f"{plan.world_size} of {decided} workers; {batch_equation(plan)}", "yellow")
         self.plan = self.without_data = plan
         return plan

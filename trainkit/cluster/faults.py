@@ -3,7 +3,8 @@
 A process that ended from outside (a worker, an actor, Ray's own processes, a node) says nothing against the run: the group starts again
 from the newest complete checkpoint. What the code itself raised may be a flaw of the moment or a bug: it gets one more try, unless nothing
 was trained before it, and the same error at the same step twice is a bug. What is wrong by itself (recipe, data, a NaN) is not tried again;
-out of memory is tried again only with smaller micro-batches, and want of room only with fewer workers.
+out of memory is tried again only with smaller micro-batches or without the CUDA graphs that nobody asked for, and want of room only with
+fewer workers.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainkit.errors import ExportMismatch, NonFiniteError, OutOfMemory, PlanMismatch, TrainingError, TrainkitError
+from trainkit.errors import CaptureError, ExportMismatch, NonFiniteError, OutOfMemory, PlanMismatch, TrainingError, TrainkitError
 
-FINAL = (NonFiniteError, OutOfMemory, PlanMismatch, ExportMismatch)  # training errors that would come again
+FINAL = (NonFiniteError, OutOfMemory, PlanMismatch, ExportMismatch, CaptureError)  # training errors that would come again
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,16 @@ class Failure:
     began_at: int  # step of the checkpoint that the attempt began with; 0: from the start
     ended_at: int  # the last step it finished
     no_place: bool = False  # the workers found none in time
+    of_graphs: bool = False  # CUDA graphs, which nobody asked for, may be what failed
 
     @classmethod
-    def of(cls, error: TrainkitError, began_at: int, ended_at: int) -> Failure:
+    def of(cls, error: TrainkitError, began_at: int, ended_at: int, graphs: bool = False) -> Failure:
+        """graphs: the plan made CUDA graphs, and the recipe does not ask for them."""
         final = not isinstance(error, TrainingError) or isinstance(error, FINAL)
-        return cls(type(error).__name__, error.message, _is(error, "from_outside"), final, began_at, ended_at, _is(error, "no_place"))
+        out_of_gpu = isinstance(error, OutOfMemory) and error.facts.get("device") == "GPU"
+        of_graphs = graphs and (isinstance(error, CaptureError) or out_of_gpu)
+        outside, no_place = _is(error, "from_outside"), _is(error, "no_place")
+        return cls(type(error).__name__, error.message, outside, final, began_at, ended_at, no_place, of_graphs)
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Verdict:
     why: str
     halve: bool = False  # the budget of a micro-batch
     shrink: bool = False  # by a worker
+    ungraph: bool = False  # go on without CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,13 @@ class Allowed:
 
 
 def decide(failures: Sequence[Failure], allowed: Allowed) -> Verdict:
-    """What to do after the last of the failures of this command. Want of room does not count: an elastic run only shrinks to its fewest."""
-    last, counted = failures[-1], [failure for failure in failures if not failure.no_place]
+    """What to do after the last of the failures of this command. Want of room does not count, because an elastic run only shrinks to its
+    fewest, nor do graphs, which fail once."""
+    last, counted = failures[-1], [failure for failure in failures if not (failure.no_place or failure.of_graphs)]
     if last.no_place and allowed.shrink:
         return Verdict(True, "going on with a worker less", shrink=True)
+    if last.of_graphs:
+        return Verdict(True, "going on without CUDA graphs", ungraph=True)
     if last.kind == OutOfMemory.__name__ and allowed.halve and len(counted) <= allowed.max_failures:
         return Verdict(True, f"restart {len(counted)} of at most {allowed.max_failures}, with half the micro-batch budget", halve=True)
     if last.final:

@@ -41,7 +41,7 @@ def run_to_resume(recipe: Recipe, path: Path | None, name: str | None) -> RunFol
 
 
 def resumed_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
-    """The recipe to go on with. A budget that the plan once chose stays while the layout does.
+    """The recipe to go on with. A budget that the plan once chose stays while the layout does; CUDA graphs that once failed stay away.
 
     Raises UsageError naming each changed key that defines the training.
     """
@@ -54,6 +54,8 @@ def resumed_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
             f"--resume: {folder.path} was begun with another training:\n{listed}\n"
             "Write them as they were, or begin a new run without --resume"
         )
+    if recipe.model.cuda_graphs is None and any(failure.get("of_graphs") for failure in folder.failures()):
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"cuda_graphs": False})})
     budget = _budget(folder)
     if (
         before.batch.tokens_per_device == recipe.batch.tokens_per_device == "auto"

@@ -20,6 +20,7 @@ import numpy as np
 
 from trainkit.data.batches import Budget, Part, Shape, compose, deal
 from trainkit.data.catalogue import Catalogues
+from trainkit.data.covers import Covers, choose_covers
 from trainkit.data.handed import Handed, furthest, lag, slowest
 from trainkit.data.order import epoch_of_step, samples_of_step
 from trainkit.data.packing import pack
@@ -30,6 +31,7 @@ from trainkit.units import format_seconds
 _ROWS_OF_CATALOGUE = 65_536  # whose lengths choose the shapes: an order drawn from the whole set
 _CALLS_AT_ONCE = 8  # of ranks for steps
 _TALK = "talk"  # Ray's concurrency group of calls that are answered while those are stuck
+_STEPS_JOINED, _SAMPLES_JOINED = 256, 65_536  # whose shapes are joined, at most: composing them takes a second
 _STEPS_KEPT, _SAMPLES_KEPT = 1024, 1 << 22  # composed ones, for the ranks that ask for them later
 
 
@@ -44,6 +46,7 @@ class Feeding:
     world_size: int
     budget: Budget
     shuffle: bool
+    joined_for: int = 0  # steps of a run for which few shapes are to serve; 0: each micro-batch keeps its own
     pack_length: int | None = None  # causal: most tokens of a sequence into which several rows are packed; None: one row each
 
 
@@ -58,6 +61,7 @@ class DataDistributor:
             _ = self.catalogues.first  # chosen now, while the workers start
         largest = max(feeding.samples_per_step for feeding in feedings.values())
         kept = min(_STEPS_KEPT, max(64, _SAMPLES_KEPT // largest))
+        self.covers: dict[str, Covers] = {}
         self.composed, self.composing = functools.lru_cache(kept)(self._compose), threading.Lock()
         self.lock = threading.Lock()
         self.handed: dict[str, dict[int, Handed]] = {split: {} for split in feedings}  # by rank
@@ -119,6 +123,22 @@ class DataDistributor:
                 self.working_on.pop(thread)
 
     def _compose(self, split: str, step: int) -> tuple[np.ndarray, list[Part]]:
+        """One at a time: the first one joins the shapes."""
+        if split not in self.covers:
+            self.covers[split] = self._joined(split)
+        ids, parts = self._cut(split, step)
+        return ids, [part._replace(shape=self.covers[split](part.shape)) for part in parts]
+
+    def _joined(self, split: str) -> Covers:
+        """Of the shapes in the run's first steps, whichever step is asked for: dropout is drawn by shapes, alike in a resumed run."""
+        feeding = self.feedings[split]
+        if not feeding.joined_for or feeding.pack_length is not None:
+            return Covers()
+        looked_at = min(_STEPS_JOINED, max(1, _SAMPLES_JOINED // feeding.samples_per_step), feeding.joined_for)
+        uses = Counter(part.shape for step in range(1, looked_at + 1) for part in self._cut(split, step)[1])
+        return choose_covers(uses, feeding.joined_for / looked_at)
+
+    def _cut(self, split: str, step: int) -> tuple[np.ndarray, list[Part]]:
         feeding, arrays = self.feedings[split], self.arrays[split]
         ids = samples_of_step(feeding.seed, arrays.rows, feeding.samples_per_step, step, feeding.shuffle)
         source = arrays.column("input_ids").lengths(ids)

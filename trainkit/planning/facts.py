@@ -43,6 +43,7 @@ class ModelFacts:
     vocab_size: int
     attn_implementation: str
     matrices: Matrices | None = None  # None: other weights work as well, or not all on every token
+    decides_on_host: bool = False  # which experts or layers see a token, in the middle of a forward
 
     @property
     def num_parameters(self) -> int:

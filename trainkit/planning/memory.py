@@ -109,6 +109,14 @@ def with_fixed_gradients(memory: Memory, precision: str) -> Memory:
     return replace(memory, device=device, device_at_step=sum(device.values()) + (width + (0 if width == 4 else 4)) * partition)
 
 
+def without_fixed_gradients(memory: Memory, precision: str, zero_optimization: Mapping[str, Any]) -> Memory:
+    """The other way round: stage 1 as DeepSpeed does it."""
+    width, partition = PRECISION_BYTES[precision], memory.device["optimizer"] // 12
+    bucket = zero_optimization.get("reduce_bucket_size", ALLREDUCE_ELEMENTS) if zero_optimization.get("contiguous_gradients", True) else 0
+    at_step = memory.device["parameters"] + memory.device["optimizer"] + (2 * width + (0 if width == 4 else 4)) * partition
+    return replace(memory, device=memory.device | {"buckets": width * int(bucket)}, device_at_step=at_step)
+
+
 def _stage_0(case: _Case) -> Memory:
     """Plain torch in fp32; at 16 bit an fp32 copy of the weights, and at the step fp32 gradients beside the 16 bit ones."""
     masters = 0 if case.width == 4 else 4 * case.trained

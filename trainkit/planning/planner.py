@@ -21,6 +21,7 @@ from trainkit.planning.memory import (
     activation_bytes_per_token,
     model_state_bytes,
     with_fixed_gradients,
+    without_fixed_gradients,
 )
 from trainkit.planning.plan import Fit, Plan
 from trainkit.recipe.schema import Recipe
@@ -53,11 +54,14 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
     world_size = _world_size(recipe)
     ds_config = resolve(recipe, zero, model, world_size, hardware)
     memory = None if model is None else model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config)
-    if recipe.model.cuda_graphs:
-        _check_graphs(recipe, zero, ds_config, hardware)
-        memory = memory if memory is None or zero.stage == 0 else with_fixed_gradients(memory, recipe.model.precision)
-        if memory is not None and hardware.memory_bytes is not None and memory.device_total > hardware.memory_bytes:
-            _refuse_graphs(recipe, f"with them the model states take {format_bytes(memory.device_total)} per GPU")
+    graphs = _graphs(recipe, zero, ds_config, model, hardware)
+    if memory is not None and graphs and zero.stage == 1:
+        apart = with_fixed_gradients(memory, recipe.model.precision)
+        graphs = hardware.memory_bytes is None or apart.device_total <= hardware.memory_bytes
+        if graphs:
+            memory = apart
+        elif recipe.model.cuda_graphs:
+            _refuse_graphs(recipe, f"with them the model states take {format_bytes(apart.device_total)} per GPU")
     fits = shipped_fits(recipe, model, hardware) if hardware.memory_bytes is not None else ()
     _check_capacity(zero, memory, fits, world_size, hardware)
     steps = _steps(recipe, data)
@@ -89,7 +93,7 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         ds_config=ds_config,
         memory=memory,
         compile_blocks=_compiles(recipe, zero),
-        cuda_graphs=recipe.model.cuda_graphs,
+        cuda_graphs=graphs,
         notes=_notes(recipe, zero, ds_config, batch, hardware),
         zero_name=zero.name,
         device_name=hardware.name,
@@ -102,22 +106,30 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
 
 
 def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectangle, int]], steps: int, left: int) -> Plan:
-    """The plan once the data is known: its peak on a GPU, and whether compiling pays, unless the recipe asks for it.
+    """The plan once the data is known: its peak on a GPU, and whether compiling and CUDA graphs pay, unless the recipe asks for them.
 
     uses: rows, source and target of each shape of micro-batches, and how often it occurs in so many steps, over all ranks.
-    left: steps that are still to be trained. With CUDA graphs a compiler saves work, not launches: a run that has too little of it would
-    wait longer for the compiler than it gains.
+    left: steps that are still to be trained. Micro-batches that are not captured need memory of their own beside the CUDA graphs': where
+    both may not fit, there are none. With graphs a compiler saves work, not launches: a run that has too little of it would wait longer
+    for the compiler than it gains.
     """
     if plan.memory is None or plan.activation_bytes_per_token is None or not plan.use_gpu:
         return plan
     largest = max(rows * (source + target) for (rows, source, target), _ in uses)
-    activations, at_step = largest * plan.activation_bytes_per_token, plan.memory.device_at_step
-    states, notes, compiles = sum(plan.memory.device.values()), list(plan.notes), plan.compile_blocks
+    activations = largest * plan.activation_bytes_per_token
+    states, at_step = sum(plan.memory.device.values()), plan.memory.device_at_step
     beside = max(states + GRAPHS_MEMORY * activations, at_step + GRAPHS_MEMORY / 2 * activations)
+    notes = list(plan.notes)
     if plan.cuda_graphs and plan.device_memory is not None and beside > plan.device_memory:
-        notes.append("micro-batches that are not captured need memory of their own beside the CUDA graphs': both may not fit")
-    captured = plan.cuda_graphs and recipe.model.task != "classification"  # whose masks transformers looks into, and waits for the GPU
-    if compiles and captured and recipe.model.compile is None and plan.flops is not None and plan.peak_flops is not None:
+        both = "micro-batches that are not captured need memory of their own beside the CUDA graphs'"
+        if recipe.model.cuda_graphs is None:
+            plan = without_graphs(plan)
+            notes.append(f"no CUDA graphs: {both}")
+        else:
+            notes.append(f"{both}: both may not fit")
+    memory, compiles = plan.memory, plan.compile_blocks
+    assert memory is not None
+    if compiles and plan.cuda_graphs and recipe.model.compile is None and plan.flops is not None and plan.peak_flops is not None:
         work = sum(count * plan.flops.of(_work(*shape)) for shape, count in uses) / steps * left
         seconds = work / (UNCOMPILED_MFU * plan.peak_flops * plan.world_size)
         compiles = seconds >= COMPILED_FROM_SECONDS
@@ -126,10 +138,18 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
     return replace(
         plan,
         expected_activation_bytes=activations,
-        expected_peak_bytes=max(states + activations, at_step),
+        expected_peak_bytes=max(sum(memory.device.values()) + activations, memory.device_at_step),
         compile_blocks=compiles,
         notes=tuple(notes),
     )
+
+
+def without_graphs(plan: Plan) -> Plan:
+    """The same plan with forward, backward and, under stage 1, the optimizer step as DeepSpeed does them."""
+    memory = plan.memory
+    if plan.cuda_graphs and plan.zero_stage == 1 and memory is not None:
+        memory = without_fixed_gradients(memory, plan.precision, plan.ds_config["zero_optimization"])
+    return replace(plan, cuda_graphs=False, memory=memory)
 
 
 def _work(rows: int, source: int, target: int) -> Work:
@@ -202,8 +222,8 @@ def _compiles(recipe: Recipe, zero: ZeroConfig) -> bool:
     return recipe.model.compile == "blocks"
 
 
-def _check_graphs(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], hardware: Hardware) -> None:
-    """Raises RecipeError with what keeps forward and backward from being captured."""
+def _graphs(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], model: ModelFacts | None, hardware: Hardware) -> bool:
+    """Whether they are made. Raises RecipeError with what keeps forward and backward from being captured, if the recipe asks for it."""
     accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", recipe.model.precision)
     reduced = ds_config.get("communication_data_type", recipe.model.precision)
     reasons = {
@@ -213,15 +233,21 @@ def _check_graphs(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], h
         "overlap_comm works on gradients in the middle of them": bool(ds_config["zero_optimization"].get("overlap_comm")),
         "grad_accum_dtype sums gradients in another type": accumulated != recipe.model.precision,
         "communication_data_type reduces gradients in another type": reduced != recipe.model.precision,
-        "compute_grad_norm leaves out the norm, which is computed there": ds_config.get("compute_grad_norm") is False,
+        "compute_grad_norm leaves out the norm, which is computed there": ds_config["zero_optimization"].get("compute_grad_norm") is False,
         "fp16 searches its loss scale on the host": recipe.model.precision == "fp16",
         "check_grad_overflow looks at the gradients on the host": bool(ds_config.get("bf16", {}).get("check_grad_overflow")),
         "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing,
         "data.packing reads the rows' borders on the host": recipe.data.packing,
+        "transformers waits for the GPU to make a classification model's masks": recipe.model.task == "classification",
+        f"a {model.model_type} model decides on the host what runs" if model else "": model is not None and model.decides_on_host,
     }
+    wish = recipe.model.cuda_graphs
+    if not any(reasons.values()):
+        return not recipe.train.deterministic if wish is None else wish
     for reason, holds in reasons.items():
-        if holds:
+        if holds and wish:
             _refuse_graphs(recipe, reason)
+    return False
 
 
 def _refuse_graphs(recipe: Recipe, reason: str) -> NoReturn:

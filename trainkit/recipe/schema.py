@@ -49,8 +49,9 @@ class Model(Section):
         None,
         description="blocks: torch.compile of the repeated blocks; null: on a GPU under ZeRO stages 0 to 2, where the run is long enough.",
     )
-    cuda_graphs: bool = Field(
-        False, description="ZeRO stages 0 and 1: launch forward and backward as two CUDA graphs for each shape of micro-batches."
+    cuda_graphs: bool | None = Field(
+        None,
+        description="Forward and backward as two CUDA graphs a shape; null: under ZeRO stages 0 and 1, where nothing stands against it.",
     )
     lora: Lora | None = Field(None, description="Train low-rank matrices only; null trains all parameters.")
 
@@ -144,7 +145,9 @@ class Scaling(Section):
 
 class Run(Section):
     storage_path: str = Field("runs", description="Folder of the run folders, seen by all nodes.")
-    max_failures: NonNegativeInt = Field(3, description="How often a dead worker or node restarts the group.")
+    max_failures: NonNegativeInt = Field(
+        3, description="How often a dead worker or node restarts the group; giving up CUDA graphs counts for nothing."
+    )
     copy_checkpoints_to: str | None = Field(
         None, description="URL of a folder, as fsspec writes them (s3://bucket/folder), that gets a copy of each complete checkpoint."
     )

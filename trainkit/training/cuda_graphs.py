@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from trainkit.data.feed import IGNORED_LABEL, MicroBatch, tensors
+from trainkit.errors import CaptureError
 
 SumLoss = Callable[[Any, MicroBatch], torch.Tensor]  # of a model, or what is called like it
 MOST_GRAPHS = 256
 LITTLE_MEMORY = 8 << 30  # free bytes of a device
-MEETINGS = 8  # of a shape before it is captured, which takes as long as a graph saves in some ten uses
+MEETINGS = 5  # of a shape before it is captured, which takes as long as a graph saves in about so many
+_MOST_TOLD = 300  # letters of CUDA's message
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -102,10 +104,18 @@ class Graphs:
         return loss
 
     def capture(self, batch: MicroBatch) -> bool:
-        """Make the graph of a shape that has run; returns whether there is one."""
+        """Make the graph of a shape that has run; returns whether there is one. Raises CaptureError where CUDA cannot."""
         shape = _shape(batch)
         if shape not in self.made and self.device.type == "cuda" and len(self.made) < MOST_GRAPHS and self.captures(batch):
-            self.made[shape] = self._capture(batch)
+            try:
+                self.made[shape] = self._capture(batch)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # CUDA is in disorder now: this process can only end
+                reason = " ".join(str(error).split())[:_MOST_TOLD]
+                raise CaptureError(
+                    f"no CUDA graph can be made of forward and backward: {reason}. Write model.cuda_graphs: false"
+                ) from error
         return shape in self.made
 
     def captures(self, batch: MicroBatch) -> bool:

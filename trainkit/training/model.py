@@ -169,6 +169,7 @@ def model_facts(recipe: Recipe, label_names: Sequence[str] | None = None) -> Mod
         num_layers=getattr(text, "num_hidden_layers", 0) + _decoder_layers(config),
         vocab_size=text.vocab_size,
         attn_implementation=str(base_model(model).config._attn_implementation),
+        decides_on_host=_has_experts(text) or any(value for name, value in config.to_dict().items() if name.endswith("layerdrop")),
         matrices=_matrices(base_model(model), config, recipe.model.task),
     )
 
@@ -181,7 +182,7 @@ def _matrices(model: Any, config: Any, task: str) -> Matrices | None:
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
-    if not heads or any(getattr(text, name, None) for name in _EXPERTS) or config.model_type in _SHARED_LAYERS + _OTHER_ATTENTION:
+    if not heads or _has_experts(text) or config.model_type in _SHARED_LAYERS + _OTHER_ATTENTION:
         return None
     if config.is_encoder_decoder and task == "classification":
         return None
@@ -205,6 +206,10 @@ def _matrices(model: Any, config: Any, task: str) -> Matrices | None:
         return None
     head_width = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
     return Matrices(**counts, decoder_layers=_decoder_layers(config), attention_width=heads * head_width)
+
+
+def _has_experts(text: Any) -> bool:
+    return any(getattr(text, name, None) for name in _EXPERTS)
 
 
 def _decoder_layers(config: Any) -> int:

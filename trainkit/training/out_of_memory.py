@@ -75,10 +75,11 @@ def _measured(where: str, device: torch.device, states: int) -> str:
 
 def _way_out(plan: Plan, in_micro_batches: bool) -> str:
     smaller = halved(plan) if in_micro_batches else None
+    graphs = "model.cuda_graphs: false, " if plan.cuda_graphs else ""
     if smaller is None:
-        return "model.gradient_checkpointing: true, shorter maximum lengths, or a ZeRO configuration with offload"
+        return f"{graphs}model.gradient_checkpointing: true, shorter maximum lengths, or a ZeRO configuration with offload"
     key = "tokens_per_device" if plan.tokens_per_device else "samples_per_device"
     return (
-        f"batch.{key}: {getattr(smaller, key)} (now {getattr(plan, key)}; the training stays the same), "
+        f"{graphs}batch.{key}: {getattr(smaller, key)} (now {getattr(plan, key)}; the training stays the same), "
         "train.halve_on_oom: true, which does that by itself, or model.gradient_checkpointing: true"
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Told = Callable[[int, int], None]  # the number of a shape that is begun, from 1, and how many there are
 STEPS, SAMPLES = 256, 16_384  # that are looked at for their shapes, at most: composing them takes a second
 CAPTURED = 64  # shapes at most, which a catalogue has; budgets of rows make any number
-CAPTURED_FROM = 16  # uses on a rank: a capture costs about as much as a graph saves in so many
+CAPTURED_FROM = 5  # uses on a rank: making a graph takes about as long as it saves in so many
 
 
 def steps_looked_at(plan: Plan, first: int) -> int:
