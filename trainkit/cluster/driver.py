@@ -94,6 +94,7 @@ class _Run:
     restarts: int = 0
     done: int = 0  # steps that this attempt began with
     halvings: int = 0  # of the micro-batch budget
+    told: set[str] = field(default_factory=set)  # notes of the plans before
     ungraphed: bool = False  # CUDA graphs, or the memory they take, have failed
     most_workers: int | None = None  # of the next attempt
     oom_kills: int = field(default_factory=hardware.oom_kills)  # before this attempt
@@ -196,8 +197,10 @@ class _Run:
                 f"expected at the peak: {format_bytes(known.expected_peak_bytes)} per device; the largest micro-batch of the first steps "
                 f"has {max(shape.cost for shape in shapes):,} padded tokens", "dim",
             )  # fmt: skip
-        for note in () if self.restarts else known.notes[len(plan.notes) :]:
-            self._say(note, "dim")
+        for note in known.notes[len(plan.notes) :]:
+            if note not in self.told:
+                self._say(note, "dim")
+        self.told |= set(known.notes)
         self.plan = known
         return known
 

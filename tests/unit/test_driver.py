@@ -1,0 +1,67 @@
+"""What the driver does between two attempts, without Ray."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from rich.console import Console
+from test_memory import recipe_of, t5_large
+
+from trainkit.cluster.capacity import Node
+from trainkit.cluster.decision import Decision
+from trainkit.cluster.driver import _Run
+from trainkit.data.batches import Shape
+from trainkit.errors import CaptureError, OutOfMemory, TrainkitError
+from trainkit.planning.facts import DataFacts, Hardware
+from trainkit.planning.planner import make_plan
+from trainkit.recipe.zero import read_zero
+from trainkit.runs.folder import RunFolder
+from trainkit.units import GIB
+
+NODE = Node({"CPU": 8, "GPU": 2})
+FAILED = CaptureError("no CUDA graph can be made of forward and backward: operation not permitted")
+
+
+def run_of(folder: Path, **model: Any) -> _Run:
+    recipe = recipe_of(scaling={"num_workers": 2}, model={"path": "t5", "task": "seq2seq"} | model)
+    facts = read_zero("zero1"), t5_large(), DataFacts(56_344, None), Hardware("cuda", "NVIDIA H200", 139 * GIB)
+    decision = Decision(recipe, make_plan(recipe, *facts), facts)
+    console = Console(file=io.StringIO(), width=200)
+    signals = MagicMock(taken=False)
+    return _Run(None, False, recipe, recipe, decision, decision.plan, RunFolder.create(folder, "t5"), console, signals, MagicMock(), False)
+
+
+def told(run: _Run) -> str:
+    assert isinstance(run.console.file, io.StringIO)
+    return run.console.file.getvalue()
+
+
+@pytest.mark.parametrize("error", [FAILED, OutOfMemory("rank 0: the GPU has no memory left", device="GPU")])
+def test_a_run_goes_on_without_graphs_that_failed(tmp_path: Path, error: TrainkitError) -> None:
+    run, without = run_of(tmp_path), run_of(tmp_path / "other", cuda_graphs=False).plan
+    assert run.plan.cuda_graphs
+    run._restart_or_raise(error, None)
+    assert run._plan_on([NODE]) == without and run.folder.read_plan()["cuda_graphs"] is False
+    assert error.message in told(run) and "going on without CUDA graphs" in told(run) and "of 2 workers" not in told(run)
+    assert run.folder.failures()[-1]["of_graphs"]
+    with pytest.raises(type(error)):
+        run._restart_or_raise(error, None)
+
+
+def test_graphs_that_were_asked_for_end_the_run(tmp_path: Path) -> None:
+    run = run_of(tmp_path, cuda_graphs=True)
+    with pytest.raises(CaptureError):
+        run._restart_or_raise(FAILED, None)
+    assert run._plan_on([NODE]).cuda_graphs
+
+
+def test_a_note_is_said_once_whatever_restarts(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    for _ in range(2):
+        run._data_known(run._plan_on([NODE]), {Shape(300, 96, 96): 60}, 30)
+        run.restarts += 1
+    assert told(run).count("no CUDA graphs") == 1
