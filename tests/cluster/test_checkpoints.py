@@ -14,6 +14,7 @@ import pytest
 from ranks import launch
 from test_parity import RECIPE, STAGES, Results, save_model, train_all, write_rows
 
+pytestmark = pytest.mark.timeout(900)  # all cases train in one fixture, in minutes on two quiet cores
 SAME = [(stage, precision) for stage in (*STAGES, "apart zero1") for precision in ("fp32", "bf16")]  # apart: as with CUDA graphs
 LORA = "model.lora={r: 4, lora_alpha: 8}"
 # (from stage, from workers, to stage, to workers); with a model that ties its embeddings
