@@ -19,7 +19,7 @@ from trainkit.data.distributor import DataDistributor, Feeding
 from trainkit.data.feed import Feed, Padding, Source, moved
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer, prepare
 from trainkit.planning.facts import DataFacts
-from trainkit.planning.planner import Plan, make_plan, with_micro_batches
+from trainkit.planning.planner import Plan, joins_shapes, make_plan, with_micro_batches
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import read_zero
@@ -57,9 +57,9 @@ class Rank:
         hardware = worker_device(recipe.scaling.use_gpu)
         plan = make_plan(recipe, read_zero(recipe.zero, path), model_facts(recipe, prepared.label_names), rows, hardware)
         budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
-        arrays, task, joined_for = str(prepared.train), recipe.model.task, plan.total_steps if plan.use_gpu else 0
+        arrays, task, joined = str(prepared.train), recipe.model.task, joins_shapes(recipe)
         distributor = DataDistributor(
-            {"train": Feeding(arrays, task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, True, joined_for)}
+            {"train": Feeding(arrays, task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, True, joined)}
         )
         plan = with_micro_batches(plan, recipe, distributor.shapes("train", 1, 32).items(), 32, plan.total_steps)
         return cls(dist.get_rank(), recipe, plan, prepared, device, distributor)

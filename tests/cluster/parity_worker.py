@@ -50,7 +50,7 @@ blocks.BACKEND = "aot_eager"  # all of torch.compile but the making of kernels, 
 def distributor_of(recipe: Recipe, plan: Plan, prepared: Prepared, shuffle: bool = True, joint: bool = False) -> DataDistributor:
     budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
     feeding = Feeding(str(prepared.train), recipe.model.task, recipe.train.seed, plan.samples_per_step, plan.world_size, budget, shuffle,
-                      plan.total_steps if joint else 0, limits(recipe)["max_length"] if recipe.data.packing else None)  # fmt: skip
+                      joint, limits(recipe)["max_length"] if recipe.data.packing else None)  # fmt: skip
     return DataDistributor({"train": feeding})
 
 

@@ -221,18 +221,26 @@ def test_ready_rows_longer_than_a_packed_sequence_make_it_longer(tmp_path: Path)
 
 @pytest.mark.parametrize("budget", [TOKENS, Budget(rows=4)])
 def test_joined_shapes_are_fewer_and_hold_the_same_samples(tmp_path: Path, budget: Budget) -> None:
-    """Whichever step is asked for first, and with any workers that share the micro-batches."""
-    feeding = feeding_of(tmp_path / "a", 192, budget=budget)
-    alone, joined = DataDistributor({"train": feeding}), DataDistributor({"train": replace(feeding, joined_for=12)})
-    shared = DataDistributor({"train": replace(feeding, joined_for=12, world_size=4 if budget.rows else 1)})
+    """Whichever step is asked for first, and with any workers, wherever these leave k as it is."""
+    feeding = feeding_of(tmp_path / "a", 200, budget=budget)
+    alone, joined, shared = (
+        DataDistributor({"train": replace(feeding, joined=joins, world_size=world)}) for joins, world in ((False, 1), (True, 1), (True, 2))
+    )
     shared.shapes("train", 9, 1)
-    for step in range(1, 13):
+    equal = 0
+    for step in range(1, 27):
         (ids, parts), (same_ids, padded), (_, of_shared) = (each.composed("train", step) for each in (alone, joined, shared))
-        assert ids.tolist() == same_ids.tolist() and [part.shape for part in of_shared] == [part.shape for part in padded]
-        for part, more in zip(parts, padded, strict=True):
-            assert part.samples.tolist() == more.samples.tolist()
-            assert all(size <= room for size, room in zip(part.shape, more.shape, strict=True))
-    assert len(joined.shapes("train", 1, 12)) < len(alone.shapes("train", 1, 12))
+        assert ids.tolist() == same_ids.tolist()
+        costs = [part.shape.cost for part in padded]
+        assert costs == sorted(costs, reverse=True) and (budget.tokens is None or max(costs) <= budget.tokens)
+        shape_of = {tuple(part.samples.tolist()): part.shape for part in parts}
+        for part in padded:
+            own = shape_of[tuple(part.samples.tolist())]
+            assert all(size <= room for size, room in zip(own, part.shape, strict=True))
+        if len(padded) == len(of_shared):
+            equal += 1
+            assert [(part.shape, part.samples.tolist()) for part in of_shared] == [(part.shape, part.samples.tolist()) for part in padded]
+    assert equal > 5 and len(joined.shapes("train", 1, 12)) < len(alone.shapes("train", 1, 12))
 
 
 def test_the_shapes_of_the_steps_ahead_are_counted_over_all_ranks(tmp_path: Path) -> None:

@@ -169,7 +169,8 @@ def test_graphs_that_nobody_asked_for_are_given_up_where_they_may_have_failed() 
         verdict = decide([failure], 0, halve=True)
         assert verdict.again and verdict.ungraph and not verdict.halve and verdict.why == "going on without CUDA graphs"
         assert decide([failure, OUT_OF_MEMORY], 1, halve=True).halve, "it counts for nothing"
-    assert not Failure.of(host, 0, 0, graphs=True).of_graphs and not Failure.of(TrainingError("a bug"), 0, 0, graphs=True).of_graphs
+    assert Failure.of(TrainingError("a bug, or graphs"), 4, 4, graphs=True).of_graphs, "no step was done"
+    assert not Failure.of(TrainingError("a bug"), 4, 5, graphs=True).of_graphs and not Failure.of(host, 0, 0, graphs=True).of_graphs
 
 
 @given(before=FAILURES, halve=st.booleans(), shrink=st.booleans())

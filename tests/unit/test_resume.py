@@ -243,7 +243,7 @@ def test_the_budget_that_the_plan_chose_stays_while_the_layout_does(storage: Pat
 
 def test_graphs_that_failed_stay_away_unless_they_are_asked_for(storage: Path) -> None:
     folder = begun(asked(storage))
-    folder.append_failure({"kind": "NodeDied", "of_graphs": False})
+    folder.append_failure({"kind": "OutOfMemory", "of_graphs": True})
     assert resumed_recipe(folder, asked(storage)).model.cuda_graphs is None
     folder.append_failure({"kind": "CaptureError", "of_graphs": True})
     assert resumed_recipe(folder, asked(storage)).model.cuda_graphs is False

@@ -35,9 +35,10 @@ class Failure:
     def of(cls, error: TrainkitError, began_at: int, ended_at: int, graphs: bool = False) -> Failure:
         """graphs: the plan made CUDA graphs, and the recipe does not ask for them."""
         final = not isinstance(error, TrainingError) or isinstance(error, FINAL)
-        out_of_gpu = isinstance(error, OutOfMemory) and error.facts.get("device") == "GPU"
-        of_graphs = graphs and (isinstance(error, CaptureError) or out_of_gpu)
         outside, no_place = _is(error, "from_outside"), _is(error, "no_place")
+        out_of_gpu = isinstance(error, OutOfMemory) and error.facts.get("device") == "GPU"
+        before_any_step = not final and not outside and ended_at <= began_at  # whatever stands in the way, graphs may be new to this model
+        of_graphs = graphs and (isinstance(error, CaptureError) or out_of_gpu or before_any_step)
         return cls(type(error).__name__, error.message, outside, final, began_at, ended_at, no_place, of_graphs)
 
 

@@ -262,16 +262,16 @@ def _feedings(asked: Launch) -> dict[str, Any]:
     from trainkit.data.batches import Budget
     from trainkit.data.distributor import Feeding
     from trainkit.data.encoding import limits
+    from trainkit.planning.planner import joins_shapes
 
     plan, prepared = asked.plan, asked.prepared
     budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
-    joined_for = {"train": plan.total_steps if plan.use_gpu else 0, "eval": 0}  # whatever the stage, so that dropout is drawn alike in all
-    splits = {"train": (prepared.train, True), "eval": (prepared.eval, False)}
+    splits = {"train": (prepared.train, True, joins_shapes(asked.recipe)), "eval": (prepared.eval, False, False)}
     task, seed, data = asked.recipe.model.task, asked.recipe.train.seed, asked.recipe.data
     longest = limits(asked.recipe)["max_length"] if data.packing else None
     return {
-        split: Feeding(str(folder), task, seed, plan.samples_per_step, plan.world_size, budget, shuffle, joined_for[split], longest)
-        for split, (folder, shuffle) in splits.items()
+        split: Feeding(str(folder), task, seed, plan.samples_per_step, plan.world_size, budget, shuffle, joined, longest)
+        for split, (folder, shuffle, joined) in splits.items()
         if folder is not None
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainkit.errors import RecipeError, UsageError
+from trainkit.errors import CaptureError, RecipeError, UsageError
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Profile, Recipe
 from trainkit.runs.copying import make_again
@@ -41,7 +41,8 @@ def run_to_resume(recipe: Recipe, path: Path | None, name: str | None) -> RunFol
 
 
 def resumed_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
-    """The recipe to go on with. A budget that the plan once chose stays while the layout does; CUDA graphs that once failed stay away.
+    """The recipe to go on with. A budget that the plan once chose stays while the layout does; CUDA graphs that could not be made are not
+    tried again.
 
     Raises UsageError naming each changed key that defines the training.
     """
@@ -54,7 +55,7 @@ def resumed_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
             f"--resume: {folder.path} was begun with another training:\n{listed}\n"
             "Write them as they were, or begin a new run without --resume"
         )
-    if recipe.model.cuda_graphs is None and any(failure.get("of_graphs") for failure in folder.failures()):
+    if recipe.model.cuda_graphs is None and any(failure["kind"] == CaptureError.__name__ for failure in folder.failures()):
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"cuda_graphs": False})})
     budget = _budget(folder)
     if (

@@ -32,6 +32,7 @@ _ROWS_OF_CATALOGUE = 65_536  # whose lengths choose the shapes: an order drawn f
 _CALLS_AT_ONCE = 8  # of ranks for steps
 _TALK = "talk"  # Ray's concurrency group of calls that are answered while those are stuck
 _STEPS_JOINED, _SAMPLES_JOINED = 256, 65_536  # whose shapes are joined, at most: composing them takes a second
+_HORIZON = 1000  # steps for which graphs are worth their making; not a run's own, which may change when it is resumed
 _STEPS_KEPT, _SAMPLES_KEPT = 1024, 1 << 22  # composed ones, for the ranks that ask for them later
 
 
@@ -46,7 +47,7 @@ class Feeding:
     world_size: int
     budget: Budget
     shuffle: bool
-    joined_for: int = 0  # steps of a run for which few shapes are to serve; 0: each micro-batch keeps its own
+    joined: bool = False  # few shapes are to serve, as CUDA graphs want it; else each micro-batch keeps its own
     pack_length: int | None = None  # causal: most tokens of a sequence into which several rows are packed; None: one row each
 
 
@@ -61,7 +62,7 @@ class DataDistributor:
             _ = self.catalogues.first  # chosen now, while the workers start
         largest = max(feeding.samples_per_step for feeding in feedings.values())
         kept = min(_STEPS_KEPT, max(64, _SAMPLES_KEPT // largest))
-        self.covers: dict[str, Covers] = {}
+        self.covers: dict[tuple[str, int], Covers] = {}  # of a split's steps in k micro-batches
         self.composed, self.composing = functools.lru_cache(kept)(self._compose), threading.Lock()
         self.lock = threading.Lock()
         self.handed: dict[str, dict[int, Handed]] = {split: {} for split in feedings}  # by rank
@@ -123,30 +124,33 @@ class DataDistributor:
                 self.working_on.pop(thread)
 
     def _compose(self, split: str, step: int) -> tuple[np.ndarray, list[Part]]:
-        """One at a time: the first one joins the shapes."""
-        if split not in self.covers:
-            self.covers[split] = self._joined(split)
-        ids, parts = self._cut(split, step)
-        return ids, [part._replace(shape=self.covers[split](part.shape)) for part in parts]
-
-    def _joined(self, split: str) -> Covers:
-        """Of the shapes in the run's first steps, whichever step is asked for: dropout is drawn by shapes, alike in a resumed run."""
+        """One at a time: the first one joins shapes."""
         feeding = self.feedings[split]
-        if not feeding.joined_for or feeding.pack_length is not None:
-            return Covers()
-        looked_at = min(_STEPS_JOINED, max(1, _SAMPLES_JOINED // feeding.samples_per_step), feeding.joined_for)
-        uses = Counter(part.shape for step in range(1, looked_at + 1) for part in self._cut(split, step)[1])
-        return choose_covers(uses, feeding.joined_for / looked_at)
+        ids, parts = self._cut(split, step, feeding.world_size)
+        if not feeding.joined or feeding.pack_length is not None:
+            return ids, parts
+        if (split, len(parts)) not in self.covers:
+            self.covers[split, len(parts)] = self._joined(split, len(parts))
+        covers = self.covers[split, len(parts)]
+        return ids, sorted((part._replace(shape=covers(part.shape)) for part in parts), key=lambda part: -part.shape.cost)
 
-    def _cut(self, split: str, step: int) -> tuple[np.ndarray, list[Part]]:
+    def _joined(self, split: str, k: int) -> Covers:
+        """Of the first steps, all cut into k. Dropout is drawn by shapes: neither the step that is asked for nor the world size enters."""
+        feeding = self.feedings[split]
+        looked_at = min(_STEPS_JOINED, max(1, _SAMPLES_JOINED // feeding.samples_per_step))
+        cuts = (self._cut(split, step, k)[1] for step in range(1, looked_at + 1))
+        uses = Counter(part.shape for parts in cuts if len(parts) == k for part in parts)
+        return choose_covers(uses, _HORIZON / looked_at, feeding.budget.tokens)
+
+    def _cut(self, split: str, step: int, world_size: int) -> tuple[np.ndarray, list[Part]]:
         feeding, arrays = self.feedings[split], self.arrays[split]
         ids = samples_of_step(feeding.seed, arrays.rows, feeding.samples_per_step, step, feeding.shuffle)
         source = arrays.column("input_ids").lengths(ids)
         if feeding.pack_length is not None:
             longest = max(feeding.pack_length, arrays.manifest["longest"]["input_ids"])  # rows that came tokenized are cut by nobody
-            return ids, pack(source, feeding.world_size, feeding.budget, longest)
+            return ids, pack(source, world_size, feeding.budget, longest)
         target = self._targets(split, ids)
-        return ids, compose(source, target, feeding.world_size, feeding.budget, self.catalogues)
+        return ids, compose(source, target, world_size, feeding.budget, self.catalogues)
 
     def _catalogues(self) -> Catalogues | None:
         """The shapes for all splits, from the lengths of some rows of the first and the longest of all; None where none are needed."""

@@ -156,6 +156,14 @@ def _work(rows: int, source: int, target: int) -> Work:
     return Work(rows * source, rows * target, rows * source**2, rows * target**2, rows * source * target)
 
 
+def joins_shapes(recipe: Recipe) -> bool:
+    """Whether micro-batches are padded to few shapes, for CUDA graphs: on GPUs, save for what never has graphs.
+
+    Under all ZeRO stages, because dropout is drawn by shapes, and a run that is resumed may change its stage.
+    """
+    return recipe.scaling.use_gpu and recipe.model.task != "classification" and recipe.model.precision != "fp16"
+
+
 def row_tokens(recipe: Recipe) -> int:
     """Padded tokens of a row at its full length."""
     data = recipe.data

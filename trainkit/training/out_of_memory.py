@@ -42,7 +42,7 @@ def out_of_memory(
         f"step {step}: rank {rank} ran out of {where} memory in {piece}: {_first_line(error)}",
         f"  the plan: {_listed(planned)}",
         f"  measured: {_measured(where, device, sum(planned.values()))}",
-        f"Write {_way_out(plan, in_micro_batches)}",
+        f"Write {_way_out(plan, where, in_micro_batches)}",
     ]
     return OutOfMemory("\n".join(lines), rank=rank, step=step, device=where, in_micro_batches=in_micro_batches)
 
@@ -73,9 +73,9 @@ def _measured(where: str, device: torch.device, states: int) -> str:
     )
 
 
-def _way_out(plan: Plan, in_micro_batches: bool) -> str:
+def _way_out(plan: Plan, where: str, in_micro_batches: bool) -> str:
     smaller = halved(plan) if in_micro_batches else None
-    graphs = "model.cuda_graphs: false, " if plan.cuda_graphs else ""
+    graphs = "model.cuda_graphs: false, " if plan.cuda_graphs and where == "GPU" else ""
     if smaller is None:
         return f"{graphs}model.gradient_checkpointing: true, shorter maximum lengths, or a ZeRO configuration with offload"
     key = "tokens_per_device" if plan.tokens_per_device else "samples_per_device"
