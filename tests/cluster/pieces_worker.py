@@ -25,7 +25,9 @@ def compare(recipe_file: str, weights: str, zero: str) -> None:
     prepared = prepare(recipe)
     plan = planned(recipe, prepared)
     engine = Engine(build_model(recipe, weights, Partitioning(plan).gathered), plan, recipe.model.task, CPU)
-    forward_and_backward(engine, feed_of(recipe, plan, prepared, dist.get_rank()).micro_batches(1), seed=1)
+    feed = feed_of(recipe, plan, prepared, dist.get_rank())
+    forward_and_backward(engine, feed.micro_batches(1), seed=1)
+    feed.close()  # a thread that pads when Python ends takes the process with it
     engine.step(1e-3)
     memory = HostMemory(sum(piece.values.numel() for piece in engine.pieces()), CPU)
     mine, parameters = joined(memory.copied(engine.pieces()), None), dict(engine.model.named_parameters())
