@@ -168,4 +168,7 @@ def test_the_ranks_of_all_actors_that_answer_are_told(two_nodes: str, tmp_path: 
     ray.get([found.of_driver.steps.remote("train", 1, 8, 0), found.of_node[two_nodes].steps.remote("train", 1, 2, 1)])
     assert {rank: handed.last_step for rank, handed in found.handed_to("train", 10).items()} == {0: 8, 1: 2}
     ray.kill(found.of_node[two_nodes])
+    with pytest.raises(ray.exceptions.RayActorError):  # ray.kill only asks for it
+        while True:
+            ray.get(found.of_node[two_nodes].doing.remote())
     assert set(found.handed_to("train", 10)) == {0}
