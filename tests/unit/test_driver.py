@@ -1,9 +1,10 @@
-"""What the driver does between two attempts, without Ray."""
+"""What the driver does between two attempts, and what it has the workers fed with, without Ray."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -14,7 +15,9 @@ from test_memory import recipe_of, t5_large
 from trainkit.cluster.capacity import Node
 from trainkit.cluster.decision import Decision
 from trainkit.cluster.driver import _Run
+from trainkit.cluster.launch import _feedings
 from trainkit.data.batches import Shape
+from trainkit.data.tokens import Prepared
 from trainkit.errors import CaptureError, OutOfMemory, TrainkitError
 from trainkit.planning.facts import DataFacts, Hardware
 from trainkit.planning.planner import make_plan
@@ -57,6 +60,23 @@ def test_graphs_that_were_asked_for_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(CaptureError):
         run._restart_or_raise(FAILED, None)
     assert run._plan_on([NODE]).cuda_graphs
+
+
+@pytest.mark.parametrize(
+    ("sections", "joined"),
+    [
+        ({}, True),
+        ({"scaling": {"num_workers": 2, "use_gpu": False}}, False),
+        ({"model": {"path": "t5", "task": "classification"}}, False),
+        ({"model": {"path": "llama", "task": "causal", "precision": "fp16"}}, False),
+    ],
+)
+def test_rows_to_train_on_are_padded_to_joint_shapes_where_graphs_may_be_made(sections: dict[str, Any], joined: bool) -> None:
+    """Under all stages, and never those to evaluate."""
+    recipe = recipe_of(**({"scaling": {"num_workers": 2}} | sections))
+    plan = make_plan(recipe, read_zero("zero3"), None, DataFacts(100, 50), Hardware("cuda", "GPU", None))
+    asked: Any = SimpleNamespace(plan=plan, recipe=recipe, prepared=Prepared(train="tokens/a", eval="tokens/b", label_names=None))
+    assert {split: feeding.joined for split, feeding in _feedings(asked).items()} == {"train": joined, "eval": False}
 
 
 def test_a_note_is_said_once_whatever_restarts(tmp_path: Path) -> None:

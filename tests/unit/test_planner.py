@@ -363,7 +363,7 @@ def test_where_states_fit_without_graphs_alone_there_are_none() -> None:
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "check_grad_overflow": True}}, 139, {}, "check_grad_overflow"),
         ("zero1", 139, {"precision": "fp16", "path": "llama"}, "fp16"),
         ("zero1", 139, {"task": "classification", "path": "llama"}, "classification model's masks"),
-        ("zero1", 139, {"path": "mixtral"}, "a mixtral model decides on the host"),
+        ("zero1", 139, {"path": "mixtral"}, "experts or LayerDrop decides on the host"),
     ],
 )
 def test_what_cannot_be_captured_is_refused_with_its_reason(zero: Any, gib: float, model: dict[str, Any], reason: str) -> None:

@@ -29,7 +29,7 @@ from trainkit.cluster.session import (
 )
 from trainkit.cluster.signals import Signals
 from trainkit.errors import CapacityError, UsageError
-from trainkit.planning.planner import Plan
+from trainkit.planning.planner import Plan, joins_shapes
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import startup
 from trainkit.runs.checkpoints import Checkpoint
@@ -262,7 +262,6 @@ def _feedings(asked: Launch) -> dict[str, Any]:
     from trainkit.data.batches import Budget
     from trainkit.data.distributor import Feeding
     from trainkit.data.encoding import limits
-    from trainkit.planning.planner import joins_shapes
 
     plan, prepared = asked.plan, asked.prepared
     budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)

@@ -2,7 +2,8 @@
 
 k, the number of micro-batches of a step, is the smallest multiple of the world size with which all fit the budget. Which samples stand
 together is a function of (lengths, k, budget, catalogues) alone; a rank takes its share of the k. So layouts with equal k train identical
-micro-batches, whatever their world size and accumulation. The shapes come from catalogues of at most 64 each (catalogue.py).
+micro-batches, whatever their world size and accumulation. The shapes come from catalogues of at most 64 each (catalogue.py),
+and on GPUs are joined to fewer (covers.py).
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def compose(source: np.ndarray, target: np.ndarray, world_size: int, budget: Bud
 def _by_rows(source: np.ndarray, target: np.ndarray, k: int) -> list[Part]:
     by_length = np.lexsort((-source, -(source + target)))
     parts = [by_length[part] for part in np.array_split(np.arange(len(source)), k)]
-    shapes = [Shape(len(p), int(source[p].max()), int(target[p].max())) if len(p) else Shape(1, LENGTH_STEP, LENGTH_STEP) for p in parts]
+    empty = Shape(1, LENGTH_STEP, LENGTH_STEP if target.any() else 0)
+    shapes = [Shape(len(p), int(source[p].max()), int(target[p].max())) if len(p) else empty for p in parts]
     return sorted(map(Part, parts, shapes), key=lambda part: -part.shape.cost)
 
 

@@ -247,7 +247,7 @@ def _graphs(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], model: 
         "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing,
         "data.packing reads the rows' borders on the host": recipe.data.packing,
         "transformers waits for the GPU to make a classification model's masks": recipe.model.task == "classification",
-        f"a {model.model_type} model decides on the host what runs" if model else "": model is not None and model.decides_on_host,
+        "a model with experts or LayerDrop decides on the host what runs": model is not None and model.decides_on_host,
     }
     wish = recipe.model.cuda_graphs
     if not any(reasons.values()):
