@@ -6,6 +6,7 @@ RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29511 python 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ def step_batch(step: int, rank: int, device: torch.device) -> StepBatch:
     """Two micro-batches a rank, with padding and labels that do not count; drawn from (step, rank)."""
     micro_batches = []
     for number in range(2):
-        rows, source, target = SHAPES[(step if step <= len(SHAPES) else step + number) % len(SHAPES)]  # at first one is met twice in a step
+        place = rank + (step if step <= len(SHAPES) else step + number)  # at first one is met twice in a step; each rank has others
+        rows, source, target = SHAPES[place % len(SHAPES)]
         generator = torch.Generator().manual_seed(1000 * step + 10 * rank + number)
         ids, labels = (torch.randint(3, 300, (rows, length), generator=generator) for length in (source, target))
         mask = torch.ones_like(ids)
@@ -52,6 +54,8 @@ def train(case: dict[str, Any], device: torch.device) -> list[list[float]]:
     if case.get("waits"):
         model.register_forward_pre_hook(lambda module, inputs: module.shared.weight.sum().item() and None)
     engine = Engine(model, plan, recipe.model.task, device, said.append)
+    first = step_batch(1, dist.get_rank(), device).micro_batches[0]
+    engine.warm_up(replace(first, labels=torch.full_like(first.labels, -100)), capture=False)
     rows = []
     for step in range(1, STEPS + 1):
         batch = step_batch(step, dist.get_rank(), device)

@@ -19,7 +19,7 @@ def graphs_that_raise(error: Exception) -> Any:
     def capture(batch: MicroBatch) -> None:
         raise error
 
-    return SimpleNamespace(device=torch.device("cuda"), made={}, captures=lambda batch: True, _capture=capture)
+    return SimpleNamespace(device=torch.device("cuda"), made={}, capturable=True, _capture=capture)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +49,9 @@ def test_a_run_goes_on_without_graphs_that_failed(tmp_path: Path, error: Trainki
     run, without = run_of(tmp_path), run_of(tmp_path / "other", cuda_graphs=False).plan
     assert run.plan.cuda_graphs
     run._restart_or_raise(error, None)
-    assert run._plan_on([NODE]) == without and run.folder.read_plan()["cuda_graphs"] is False
+    plan = run._plan_on([NODE])
+    assert plan.no_graphs is not None and "failed before" in plan.no_graphs and replace(plan, no_graphs=without.no_graphs) == without
+    assert run.folder.read_plan()["cuda_graphs"] is False
     assert error.message in told(run) and "going on without CUDA graphs" in told(run) and "of 2 workers" not in told(run)
     assert run.folder.failures()[-1]["of_graphs"]
     with pytest.raises(type(error)):

@@ -23,8 +23,15 @@ def t5_large() -> ModelFacts:
     """The shapes of google-t5/t5-large: 24 + 24 layers, d_model 1024, d_ff 4096, 16 heads, 32 buckets, tied embedding."""
     h = 1024
     matrices = {"encoder": [h * h] * 4 + [4 * h * h] * 2 + [h] * 2, "decoder": [h * h] * 8 + [4 * h * h] * 2 + [h] * 3}
-    numels = [32128 * h, 512, 512, h, h] + [numel for stack in matrices.values() for _ in range(24) for numel in stack]
-    return ModelFacts("t5", tuple(Parameter(str(i), numel, True) for i, numel in enumerate(numels)), 0, h, 48, 32128, "sdpa")
+    biased = {"shared.weight": 32128 * h, "encoder.block.0.bias": 512, "decoder.block.0.bias": 512, "encoder.norm": h, "decoder.norm": h}
+    blocks = {
+        f"{stack}.block.{number}.{index}": numel
+        for stack, numels in matrices.items()
+        for number in range(24)
+        for index, numel in enumerate(numels)
+    }
+    parameters = tuple(Parameter(name, numel, True) for name, numel in (biased | blocks).items())
+    return ModelFacts("t5", parameters, 0, h, 48, 32128, "sdpa")
 
 
 def recipe_of(**sections: dict[str, object]) -> Recipe:
@@ -39,10 +46,12 @@ def recipe_of(**sections: dict[str, object]) -> Recipe:
     return Recipe.model_validate({"name": "r", **{key: base.get(key, {}) | sections.get(key, {}) for key in {*base, *sections}}})
 
 
-def states(name: str | dict[str, object], world_size: int, precision: str = "bf16", facts: ModelFacts | None = None) -> Memory:
+def states(
+    name: str | dict[str, object], world_size: int, precision: str = "bf16", facts: ModelFacts | None = None, graphs: bool = False
+) -> Memory:
     facts, zero = facts or t5_large(), read_zero(name)
     config = resolve(recipe_of(model={"precision": precision}), zero, facts, world_size, GPU)
-    return model_state_bytes(facts, zero, world_size, precision, config)
+    return model_state_bytes(facts, zero, world_size, precision, config, graphs)
 
 
 def test_the_model_is_t5_large() -> None:
@@ -81,6 +90,16 @@ def test_stage_3_cuts_everything_and_gathers() -> None:
     at_step = memory.device["parameters"] + (2 + 12 + 2 + 4) * T // 4 + 2 * 50_000_896
     assert memory.device_at_step == at_step
     assert memory.host_total == 0
+
+
+def test_stage_3_by_blocks_keeps_what_is_in_none_whole() -> None:
+    memory, embedding = states("zero3", 4, graphs=True), 32128 * 1024 + 2 * 1024  # with the last norms
+    assert memory.device["parameters"] == 2 * (T // 4) + 2 * embedding
+    assert memory.device["gradients"] == 2 * T // 4 and memory.device["optimizer"] == 12 * T // 4
+    block = 16 * 1024 * 1024 + 3 * 1024 + 512  # the decoder's first
+    assert memory.device["buckets"] == 2 * 50_000_896 + 2 * max(4 * block, 2 * embedding)
+    assert memory.device_at_step == memory.device["parameters"] + (2 + 12 + 4) * T // 4 + 2 * 50_000_896
+    assert memory.device_total < states("zero3", 4).device_total
 
 
 @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])

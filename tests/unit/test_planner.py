@@ -330,6 +330,8 @@ def test_cuda_graphs_are_made_where_they_can_be_and_memory_allows() -> None:
     gpus = {"num_workers": 2, "use_gpu": True}
     made = [zero for zero in ("zero0", "zero1", "zero2", "zero3") if plan_of(zero, gpu(139), scaling=gpus).cuda_graphs]
     assert made == ["zero0", "zero1"]
+    asked = plan_of("zero3", gpu(139), scaling=gpus, model={"path": "t5", "task": "seq2seq", "cuda_graphs": True})
+    assert asked.cuda_graphs and "on request" in str(plan_of("zero3", gpu(139), scaling=gpus).no_graphs)
     assert not plan_of("zero1", gpu(139), scaling=gpus, train={"epochs": 1, "deterministic": True}).cuda_graphs
     plan = plan_of("zero1", gpu(48), scaling=gpus)
     few, many = known_from(plan, 1), known_from(plan, 12)
@@ -337,6 +339,8 @@ def test_cuda_graphs_are_made_where_they_can_be_and_memory_allows() -> None:
     assert not many.cuda_graphs and any("no CUDA graphs" in note for note in many.notes) and many.memory is not None
     without = plan_of("zero1", gpu(48), scaling=gpus, model={"path": "t5", "task": "seq2seq", "cuda_graphs": False})
     assert many.memory == without.memory, "as DeepSpeed does it"
+    assert many.no_graphs is not None and "no CUDA graphs: micro-batches" in repr(many)
+    assert "no CUDA graphs: the recipe wants none" in repr(without)
     wish = {"path": "t5", "task": "seq2seq", "cuda_graphs": True}
     asked = known_from(plan_of("zero1", gpu(48), scaling=gpus, model=wish), 12, model=wish)
     assert asked.cuda_graphs and "both may not fit" in asked.notes[-1], "who asks for them gets them, and is told"
@@ -354,7 +358,9 @@ def test_where_states_fit_without_graphs_alone_there_are_none() -> None:
     ("zero", "gib", "model", "reason"),
     [
         ("zero2", 139, {}, "ZeRO-2 works on"),
-        ("zero3", 139, {}, "ZeRO-3 works on"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, 139, {}, "offloaded parameters"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, 139, {}, r"ZeRO\+\+"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, 139, {}, r"ZeRO\+\+"),
         ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, 139, {}, "overlap_comm"),
         ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, 139, {}, "grad_accum_dtype"),
         ("zero1", 139, {"gradient_checkpointing": True}, "gradient_checkpointing"),

@@ -179,7 +179,7 @@ class _Run:
         plan = self.decision.with_workers(workers_on(nodes, self.recipe.scaling, self.most_workers or decided)).plan
         for _ in range(self.halvings):
             plan = halved(plan) or plan
-        plan = without_graphs(plan) if self.ungraphed else plan
+        plan = without_graphs(plan, "they, or their memory, may be what failed before") if self.ungraphed else plan
         if plan != self.without_data:
             self.folder.write_plan(plan.to_json())
         if batch_equation(plan) != batch_equation(self.without_data):

@@ -10,15 +10,17 @@ W: world size, b: bytes of the training precision. Flat partitions are T/W, roun
     stage 2   bP                2bT/W             12T/W       the same
     stage 3   bP/W + persistent bT/W              12T/W       reduce_bucket_size, gathered parameters
 
-With CUDA graphs stage 1 has no bucket. Under stage 3 and with offload the whole gradient of a weight that is used several times is summed
-in two tensors: the largest weight's count as buckets. Optimizer offload moves gradient partitions and optimizer to the host and keeps
-there an fp32 gradient and a 16 bit copy of the partition; on its way a gradient exists once more, in fp32. All of it was compared with
-the peak of a tiny step on H200 (tests/gpu/test_gpu_memory.py).
+With CUDA graphs stage 1 has no bucket, and stage 3 holds one repeated block at a time and all that is in none whole. Without them under
+stage 3, and with offload, the whole gradient of a weight that is used several times is summed in two tensors: the largest weight's count
+as buckets. Optimizer offload moves gradient partitions and optimizer to the host and keeps there an fp32 gradient and a 16 bit copy of the
+partition; on its way a gradient exists once more, in fp32. All of it was compared with the peak of a tiny step on H200
+(tests/gpu/test_gpu_memory.py).
 Activations are not model states: `activation_bytes_per_token` bounds them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +32,8 @@ PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 CATEGORIES = ("parameters", "gradients", "optimizer", "buckets")
 ALLREDUCE_ELEMENTS = 500_000_000  # stage 0 flattens at most so many gradients at a time
 BIASED_ATTENTION = ("t5", "mt5", "umt5", "longt5")  # a position bias keeps the kernels that never store the scores away
+
+IN_BLOCK = re.compile(r".*?\.\d+\.")  # "encoder.block.0." of encoder.block.0.layer.1.weight: an outermost list's children
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class _Case:
     width: int  # bytes of an element in the training precision
     section: Mapping[str, Any]  # zero_optimization, resolved
     accumulated: int  # bytes of an element in which gradients accumulate
+    graphs: bool
 
     @property
     def total(self) -> int:
@@ -75,6 +80,11 @@ class _Case:
     def partition(self) -> int:
         """Trainable elements of a rank under stages 1 and 2: one flat tensor, padded to equal parts."""
         return -(-self.trained // self.world_size)
+
+    @property
+    def fp32_copy(self) -> int:
+        """Bytes of an element of the gradients that the optimizer sees, beside those that were summed."""
+        return 0 if self.width == 4 else 4
 
     @property
     def in_flight(self) -> int:
@@ -92,29 +102,20 @@ class _Case:
         return int(self.section.get(name, self.section.get(f"stage3_{name}", default)))
 
 
-def model_state_bytes(facts: ModelFacts, zero: ZeroConfig, world_size: int, precision: str, ds_config: Mapping[str, Any]) -> Memory:
-    """What one rank holds. ds_config is resolved (planning/deepspeed_config.py): its zero_optimization gives the sizes."""
+def model_state_bytes(
+    facts: ModelFacts, zero: ZeroConfig, world_size: int, precision: str, ds_config: Mapping[str, Any], graphs: bool = False
+) -> Memory:
+    """What one rank holds. ds_config is resolved (planning/deepspeed_config.py): its zero_optimization gives the sizes.
+
+    graphs: forward and backward are CUDA graphs, and the optimizer step is ours (training/flat_zero1.py, flat_zero3.py)."""
     width = PRECISION_BYTES[precision]
     accumulated = PRECISION_BYTES.get(ds_config.get("data_types", {}).get("grad_accum_dtype", precision), width)
-    case = _Case(facts, zero.offload_optimizer, zero.offload_param, world_size, width, ds_config["zero_optimization"], accumulated)
+    section = ds_config["zero_optimization"]
+    case = _Case(facts, zero.offload_optimizer, zero.offload_param, world_size, width, section, accumulated, graphs)
     stages: dict[int, Callable[[_Case], Memory]] = {0: _stage_0, 1: _stage_1, 2: _stage_2, 3: _stage_3}
+    if graphs and zero.stage == 3:
+        return _stage_3_by_blocks(case)
     return stages[zero.stage](case)
-
-
-def with_fixed_gradients(memory: Memory, precision: str) -> Memory:
-    """Of stage 1 with CUDA graphs, where whole gradients are reduced at once (training/flat_zero1.py): there are no buckets, and at the
-    step the partition's gradients exist beside all of them, as they were and in fp32."""
-    width, partition = PRECISION_BYTES[precision], memory.device["optimizer"] // 12
-    device = memory.device | {"buckets": 0}
-    return replace(memory, device=device, device_at_step=sum(device.values()) + (width + (0 if width == 4 else 4)) * partition)
-
-
-def without_fixed_gradients(memory: Memory, precision: str, zero_optimization: Mapping[str, Any]) -> Memory:
-    """The other way round: stage 1 as DeepSpeed does it."""
-    width, partition = PRECISION_BYTES[precision], memory.device["optimizer"] // 12
-    bucket = zero_optimization.get("reduce_bucket_size", ALLREDUCE_ELEMENTS) if zero_optimization.get("contiguous_gradients", True) else 0
-    at_step = memory.device["parameters"] + memory.device["optimizer"] + (2 * width + (0 if width == 4 else 4)) * partition
-    return replace(memory, device=memory.device | {"buckets": width * int(bucket)}, device_at_step=at_step)
 
 
 def _stage_0(case: _Case) -> Memory:
@@ -126,9 +127,17 @@ def _stage_0(case: _Case) -> Memory:
 
 
 def _stage_1(case: _Case) -> Memory:
-    """Whole gradients until the step's end; twice where they accumulate in another type than they are computed in."""
+    """Whole gradients until the step's end; twice where they accumulate in another type than they are computed in.
+
+    With CUDA graphs they are reduced at once: there are no buckets, and at the step the partition's gradients exist beside all of them,
+    as they were and in fp32.
+    """
     extra = 0 if case.accumulated == case.width else case.accumulated
-    return _partitioned_optimizer(case, (case.width + extra) * case.trained)
+    memory = _partitioned_optimizer(case, (case.width + extra) * case.trained)
+    if not case.graphs:
+        return memory
+    device = memory.device | {"buckets": 0}
+    return replace(memory, device=device, device_at_step=sum(device.values()) + (case.width + case.fp32_copy) * case.partition)
 
 
 def _stage_2(case: _Case) -> Memory:
@@ -144,8 +153,7 @@ def _partitioned_optimizer(case: _Case, gradients: int) -> Memory:
         host = _by_category(0, (4 + case.width) * case.partition, 12 * case.partition, case.width * case.partition + staging)
         return Memory(device, host, sum(device.values()))
     device = _by_category(_whole(case), gradients, 12 * case.partition, buckets)
-    fp32_gradients = 0 if case.width == 4 else 4 * case.partition
-    at_step = device["parameters"] + device["optimizer"] + 2 * case.width * case.partition + fp32_gradients
+    at_step = device["parameters"] + device["optimizer"] + (2 * case.width + case.fp32_copy) * case.partition
     return Memory(device, _by_category(), at_step)
 
 
@@ -162,7 +170,7 @@ def _stage_3(case: _Case) -> Memory:
     live = min(case.total, case.size("max_live_parameters", 1_000_000_000) + case.size("prefetch_bucket_size", 50_000_000))
     gathered = width * max(0, live - persistent)
     masters, gradients = 12 * trained, case.accumulated * trained
-    step_gradients = (width + (0 if width == 4 else 4)) * min(trained, case.size("sub_group_size", 1_000_000_000))
+    step_gradients = (width + case.fp32_copy) * min(trained, case.size("sub_group_size", 1_000_000_000))
     kept = width * persistent + case.facts.buffer_bytes
     shard_bytes = width * shards
     device = _by_category(
@@ -178,6 +186,26 @@ def _stage_3(case: _Case) -> Memory:
         width * trained if case.offload_optimizer else 0,
     )
     return Memory(device, host, sum(device.values()) - gathered - case.in_flight + (0 if case.offload_optimizer else step_gradients))
+
+
+def _stage_3_by_blocks(case: _Case) -> Memory:
+    """The shards; beside them what is in no repeated block, whole, with its gradients at the end of backward; and one block whole, with its
+    gradients, once more cut for the ranks, and their sum. At the step the gradients exist once more in fp32."""
+    blocks: dict[str, int] = {}
+    rest = rest_trained = 0
+    for parameter in case.facts.parameters:
+        if block := IN_BLOCK.match(parameter.name):
+            blocks[block[0]] = blocks.get(block[0], 0) + parameter.numel
+        else:
+            rest += parameter.numel
+            rest_trained += parameter.numel * parameter.trainable
+    shards = sum(-(-p.numel // case.world_size) for p in case.facts.parameters)
+    trained = sum(-(-p.numel // case.world_size) for p in case.facts.parameters if p.trainable)
+    passing = case.width * max(4 * max(blocks.values(), default=0), 2 * rest_trained)
+    device = _by_category(
+        case.width * (shards + rest) + case.facts.buffer_bytes, case.width * trained, 12 * trained, case.width * case.bucket + passing
+    )
+    return Memory(device, _by_category(), sum(device.values()) - passing + case.fp32_copy * trained)
 
 
 def _whole(case: _Case) -> int:

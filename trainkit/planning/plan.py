@@ -47,9 +47,11 @@ class Plan:
     accumulation: int  # micro-batches of one worker
     ds_config: dict[str, Any]
     memory: Memory | None  # None: the model is not known
+    memory_without_graphs: Memory | None = None  # the same, where CUDA graphs are planned and may be given up
     evaluates: bool = True
     compile_blocks: bool = False
     cuda_graphs: bool = False
+    no_graphs: str | None = None  # why there are none
     notes: tuple[str, ...] = ()
     zero_name: str = "zero0"
     device_name: str = "CPU"
@@ -68,9 +70,9 @@ class Plan:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Plan:
         """Of plan.json. Raises TypeError or KeyError for one of another version."""
-        memory, flops = values["memory"], values["flops"]
+        flops = values["flops"]
         parts = {
-            "memory": None if memory is None else Memory(**memory),
+            **{name: Memory(**values[name]) for name in ("memory", "memory_without_graphs") if values.get(name) is not None},
             "flops": None if flops is None else TrainingFlops(**flops),
             "fits": tuple(Fit(**fit) for fit in values["fits"]),
             "notes": tuple(values["notes"]),

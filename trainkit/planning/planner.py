@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 from trainkit.errors import DoesNotFit, Fault, RecipeError
 from trainkit.planning.deepspeed_config import resolve
@@ -20,8 +20,6 @@ from trainkit.planning.memory import (
     Memory,
     activation_bytes_per_token,
     model_state_bytes,
-    with_fixed_gradients,
-    without_fixed_gradients,
 )
 from trainkit.planning.plan import Fit, Plan
 from trainkit.recipe.schema import Recipe
@@ -53,15 +51,15 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
     check_precision(recipe, model, hardware)
     world_size = _world_size(recipe)
     ds_config = resolve(recipe, zero, model, world_size, hardware)
-    memory = None if model is None else model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config)
-    graphs = _graphs(recipe, zero, ds_config, model, hardware)
-    if memory is not None and graphs and zero.stage == 1:
-        apart = with_fixed_gradients(memory, recipe.model.precision)
-        graphs = hardware.memory_bytes is None or apart.device_total <= hardware.memory_bytes
-        if graphs:
-            memory = apart
-        elif recipe.model.cuda_graphs:
-            _refuse_graphs(recipe, f"with them the model states take {format_bytes(apart.device_total)} per GPU")
+    memory = plain = None if model is None else model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config)
+    no_graphs = _what_keeps_graphs_away(recipe, zero, ds_config, model, hardware)
+    if model is not None and no_graphs is None:
+        memory = model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config, graphs=True)
+        if hardware.memory_bytes is not None and memory.device_total > hardware.memory_bytes:
+            no_graphs = f"with them the model states take {format_bytes(memory.device_total)} per GPU"
+            memory = plain
+    if no_graphs is not None and recipe.model.cuda_graphs:
+        raise RecipeError(faults=(Fault(recipe.name, None, "model.cuda_graphs", f"cannot be true here: {no_graphs}. Write false"),))
     fits = shipped_fits(recipe, model, hardware) if hardware.memory_bytes is not None else ()
     _check_capacity(zero, memory, fits, world_size, hardware)
     steps = _steps(recipe, data)
@@ -92,8 +90,10 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         accumulation=batch.micro_batches // world_size,
         ds_config=ds_config,
         memory=memory,
+        memory_without_graphs=plain if no_graphs is None else None,
         compile_blocks=_compiles(recipe, zero),
-        cuda_graphs=graphs,
+        cuda_graphs=no_graphs is None,
+        no_graphs=no_graphs,
         notes=_notes(recipe, zero, ds_config, batch, hardware),
         zero_name=zero.name,
         device_name=hardware.name,
@@ -123,7 +123,7 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
     if plan.cuda_graphs and plan.device_memory is not None and beside > plan.device_memory:
         both = "micro-batches that are not captured need memory of their own beside the CUDA graphs'"
         if recipe.model.cuda_graphs is None:
-            plan = without_graphs(plan)
+            plan = without_graphs(plan, both)
             notes.append(f"no CUDA graphs: {both}")
         else:
             notes.append(f"{both}: both may not fit")
@@ -144,12 +144,11 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
     )
 
 
-def without_graphs(plan: Plan) -> Plan:
-    """The same plan with forward, backward and, under stage 1, the optimizer step as DeepSpeed does them."""
-    memory = plan.memory
-    if plan.cuda_graphs and plan.zero_stage == 1 and memory is not None:
-        memory = without_fixed_gradients(memory, plan.precision, plan.ds_config["zero_optimization"])
-    return replace(plan, cuda_graphs=False, memory=memory)
+def without_graphs(plan: Plan, why: str) -> Plan:
+    """The same plan with forward, backward and the optimizer step as DeepSpeed does them."""
+    if not plan.cuda_graphs:
+        return plan
+    return replace(plan, cuda_graphs=False, no_graphs=why, memory=plan.memory_without_graphs, memory_without_graphs=None)
 
 
 def _work(rows: int, source: int, target: int) -> Work:
@@ -230,18 +229,22 @@ def _compiles(recipe: Recipe, zero: ZeroConfig) -> bool:
     return recipe.model.compile == "blocks"
 
 
-def _graphs(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], model: ModelFacts | None, hardware: Hardware) -> bool:
-    """Whether they are made. Raises RecipeError with what keeps forward and backward from being captured, if the recipe asks for it."""
+def _what_keeps_graphs_away(
+    recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], model: ModelFacts | None, hardware: Hardware
+) -> str | None:
+    """Why there are no CUDA graphs of forward and backward: the recipe's wish, or what keeps these from being captured."""
     accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", recipe.model.precision)
-    reduced = ds_config.get("communication_data_type", recipe.model.precision)
+    reduced, section = ds_config.get("communication_data_type", recipe.model.precision), ds_config["zero_optimization"]
     reasons = {
         "a CPU has none": hardware.device == "cpu",
-        f"ZeRO-{zero.stage} works on parameters or gradients in the middle of them": zero.stage > 1,
+        "ZeRO-2 works on gradients in the middle of them": zero.stage == 2,
+        "offloaded parameters come from the host in the middle of them": zero.offload_param,
+        "ZeRO++ gathers and reduces in its own ways in the middle of them": _is_zero_plus_plus(section),
         "the optimizer's offload works on gradients in the middle of them": zero.offload_optimizer,
-        "overlap_comm works on gradients in the middle of them": bool(ds_config["zero_optimization"].get("overlap_comm")),
+        "overlap_comm works on gradients in the middle of them": zero.stage < 3 and bool(section.get("overlap_comm")),
         "grad_accum_dtype sums gradients in another type": accumulated != recipe.model.precision,
         "communication_data_type reduces gradients in another type": reduced != recipe.model.precision,
-        "compute_grad_norm leaves out the norm, which is computed there": ds_config["zero_optimization"].get("compute_grad_norm") is False,
+        "compute_grad_norm leaves out the norm, which is computed there": section.get("compute_grad_norm") is False,
         "fp16 searches its loss scale on the host": recipe.model.precision == "fp16",
         "check_grad_overflow looks at the gradients on the host": bool(ds_config.get("bf16", {}).get("check_grad_overflow")),
         "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing,
@@ -249,17 +252,19 @@ def _graphs(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], model: 
         "transformers waits for the GPU to make a classification model's masks": recipe.model.task == "classification",
         "a model with experts or LayerDrop decides on the host what runs": model is not None and model.decides_on_host,
     }
-    wish = recipe.model.cuda_graphs
-    if not any(reasons.values()):
-        return not recipe.train.deterministic if wish is None else wish
-    for reason, holds in reasons.items():
-        if holds and wish:
-            _refuse_graphs(recipe, reason)
-    return False
+    if recipe.model.cuda_graphs is False:
+        return "the recipe wants none"
+    if recipe.model.cuda_graphs is None:
+        reasons |= {
+            "train.deterministic is true, and nobody asked for them": recipe.train.deterministic,
+            "under ZeRO-3 they are made on request, with model.cuda_graphs: true": zero.stage == 3,
+        }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _refuse_graphs(recipe: Recipe, reason: str) -> NoReturn:
-    raise RecipeError(faults=(Fault(recipe.name, None, "model.cuda_graphs", f"cannot be true here: {reason}. Write false"),))
+def _is_zero_plus_plus(section: dict[str, Any]) -> bool:
+    quantized = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+    return any(section.get(key) for key in quantized) or section.get("zero_hpz_partition_size", 1) > 1
 
 
 def _check_profile(recipe: Recipe, steps: _Steps) -> None:

@@ -90,7 +90,8 @@ def _device(plan: Plan) -> str:
 
 
 def _speed(plan: Plan) -> str:
-    return f"blocks {'compiled' if plan.compile_blocks else 'as they are'}, {'CUDA graphs' if plan.cuda_graphs else 'no CUDA graphs'}"
+    why = f": {plan.no_graphs}" if plan.no_graphs is not None and plan.use_gpu else ""
+    return f"blocks {'compiled' if plan.compile_blocks else 'as they are'}, {'CUDA graphs' if plan.cuda_graphs else f'no CUDA graphs{why}'}"
 
 
 def _zero(plan: Plan) -> str:

@@ -13,7 +13,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,19 @@ LITTLE_MEMORY = 8 << 30  # free bytes of a device
 MEETINGS = 5  # of a shape before it is captured, which takes as long as a graph saves in about so many
 _MOST_TOLD = 300  # letters of CUDA's message
 Shape = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class Gradients(Protocol):
+    """Where backward sums them until they are taken."""
+
+    taken: bool
+
+    @property
+    def flats(self) -> Sequence[torch.Tensor]: ...
+
+    def begin(self) -> None: ...
+
+    def check_in_place(self) -> None: ...
 
 
 class FixedGradients:
@@ -76,14 +89,14 @@ class Graphs:
     """The graphs of one rank, and the gradients that they sum. On a device without CUDA graphs every micro-batch runs as it is."""
 
     def __init__(
-        self, gradients: FixedGradients, model: torch.nn.Module, sum_loss: SumLoss, device: torch.device, say: Callable[[str], None]
+        self, gradients: Gradients, model: Callable[..., Any], sum_loss: SumLoss, device: torch.device, say: Callable[[str], None]
     ):
-        """say: told once why the model cannot be captured."""
+        """model: whose gradients come to lie in `gradients`. say: told once why it cannot be captured."""
         self.gradients, self.device, self.say = gradients, device, say
-        self.sum_loss = functools.partial(sum_loss, Twin(model, self.gradients.twins))
+        self.sum_loss = functools.partial(sum_loss, model)
         self.made: dict[Shape, _Graph] = {}
         self.met: Counter[Shape] = Counter()
-        self.capturable: bool | None = None  # None: not known yet
+        self.capturable: bool | None = None  # None: not known yet, and so nothing is captured
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         if device.type == "cuda":
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
@@ -106,7 +119,7 @@ class Graphs:
     def capture(self, batch: MicroBatch) -> bool:
         """Make the graph of a shape that has run; returns whether there is one. Raises CaptureError where CUDA cannot."""
         shape = _shape(batch)
-        if shape not in self.made and self.device.type == "cuda" and len(self.made) < MOST_GRAPHS and self.captures(batch):
+        if shape not in self.made and self.capturable and len(self.made) < MOST_GRAPHS:
             try:
                 self.made[shape] = self._capture(batch)
             except torch.OutOfMemoryError:
@@ -118,8 +131,9 @@ class Graphs:
                 ) from error
         return shape in self.made
 
-    def captures(self, batch: MicroBatch) -> bool:
-        """Whether forward and backward can be captured. Found out once, because a capture that fails leaves CUDA in disorder.
+    def find_out(self, batch: MicroBatch) -> None:
+        """Whether forward and backward can be captured. Once, because a capture that fails leaves CUDA in disorder; and on all ranks at the
+        same time, because there may be collectives in them.
 
         Without labels that count, so that the gradients stay as they are, as does the state of the generators of random numbers.
         """
@@ -128,9 +142,9 @@ class Graphs:
             self.capturable = reason is None
             if reason is not None:
                 self.say(f"the model {reason}, so no CUDA graph can be made of it, and it runs as it is")
-        return bool(self.capturable)
 
     def _what_cannot_be_captured(self, batch: MicroBatch) -> str | None:
+        self.gradients.begin()
         mode, before = torch.cuda.get_sync_debug_mode(), torch.get_rng_state()
         with torch.random.fork_rng([self.device]):
             torch.cuda.set_sync_debug_mode("error")

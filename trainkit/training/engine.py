@@ -1,4 +1,4 @@
-"""DeepSpeed, behind the few verbs that the loop needs. No other room knows it; flat_zero1.py is this one's.
+"""DeepSpeed, behind the few verbs that the loop needs. No other room knows it; flat_zero1.py and flat_zero3.py are this one's.
 
 The plan owns the batch arithmetic: DeepSpeed gets placeholder batch sizes and never scales a loss; the loop says which micro-batch ends
 an optimizer step. After building, the engine is asked back what it applies; anything else than the plan is an error.
@@ -21,8 +21,9 @@ from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.errors import PlanMismatch
 from trainkit.planning.planner import Plan
 from trainkit.training.blocks import compile_blocks, repeated_blocks
-from trainkit.training.cuda_graphs import FixedGradients, Graphs
-from trainkit.training.flat_zero1 import FlatStep
+from trainkit.training.cuda_graphs import FixedGradients, Gradients, Graphs, Twin
+from trainkit.training.flat_zero1 import FlatZero1
+from trainkit.training.flat_zero3 import FlatZero3
 from trainkit.training.loss import IN_CHUNKS
 from trainkit.training.model import DTYPES, TASKS, persistent_buffers
 from trainkit.training.states import STATES, WEIGHT, Held, Piece, storage_bytes
@@ -62,19 +63,17 @@ class Engine:
         self.plan, self.task, self.device = plan, TASKS[task], device
         self.world_size = plan.world_size
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if plan.zero_stage == 3 and plan.compile_blocks:
+        if plan.zero_stage == 3 and plan.compile_blocks and not plan.cuda_graphs:
             for block in repeated_blocks(model):  # one hook and one collective for its parameters, instead of one for each layer in it
                 deepspeed.utils.set_z3_leaf_module(block, True)
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=plan.ds_config, dist_init_required=False)
         self.trainable = trainable
         self.loss_kernels = compile_blocks(self.ds.module, say) if plan.compile_blocks else IN_CHUNKS
+        self.called = self.ds  # to run forward
         self.graphs: Graphs | None = None
-        self.flat_step: FlatStep | None = None
+        self.flat: FlatZero1 | FlatZero3 | None = None
         if plan.cuda_graphs:
-            gradients = FixedGradients(self.ds.module, self.ds.optimizer.bit16_groups_flat if plan.zero_stage == 1 else ())
-            self.graphs = Graphs(gradients, self.ds.module, self._sum_loss, device, say)
-            if plan.zero_stage == 1:
-                self.flat_step = FlatStep(self.ds.optimizer, gradients.flats, plan.ds_config["gradient_clipping"])
+            self._prepare_graphs(say)
         self._own_norm: torch.Tensor | None = None
         if self._optimizer_state:  # stages 0 and 3 make the states by a step on zeros, which must not count in the bias correction
             self._count_from(0)
@@ -86,20 +85,20 @@ class Engine:
         return self.ds.module
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:
-        return self.task.logits(self.ds, batch)
+        return self.task.logits(self.called, batch)
 
     def sum_loss(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of the cross-entropies over the labels that count, a scalar in fp32."""
         if self.graphs is not None and torch.is_grad_enabled():
             return self.graphs(batch)
-        return self._sum_loss(self.ds, batch)
+        return self._sum_loss(self.called, batch)
 
     def warm_up(self, batch: MicroBatch, capture: bool) -> None:
         """Forward and backward of a micro-batch without labels that count, so with gradients of 0, outside of any step: for what is made at
         a shape's first use. capture: as a CUDA graph, too, where the plan has them. All ranks must call it with the same shape."""
         self.backward(self.sum_loss(batch), 1, last=False)
         if self.graphs is not None:
-            self.graphs.captures(batch)
+            self.graphs.find_out(batch)
             if capture:
                 self.graphs.capture(batch)
             self.graphs.gradients.taken = True  # whatever came of it
@@ -109,7 +108,7 @@ class Engine:
 
         label_tokens: N of the whole optimizer step over all ranks. last: this micro-batch ends the step on this rank.
         """
-        averaged = 1 if self.flat_step is not None else self.world_size
+        averaged = 1 if self.flat is not None else self.world_size
         weighted = sum_loss * (averaged / max(1, label_tokens))
         if self.graphs is None:
             self.ds.set_gradient_accumulation_boundary(last)
@@ -126,8 +125,8 @@ class Engine:
         """The optimizer step at this learning rate. Returns (global gradient norm before clipping, whether it was applied)."""
         for group in self.ds.optimizer.param_groups:
             group["lr"] = lr
-        if self.flat_step is not None:
-            return self.flat_step.step(), True
+        if self.flat is not None:
+            return self.flat.step(), True
         self.ds.step()
         norm = self._own_norm if self._own_norm is not None else self.ds.get_global_grad_norm()
         return (float("nan") if norm is None else norm), self.ds.was_step_applied()
@@ -153,6 +152,7 @@ class Engine:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 whole = parameter.detach().to("cpu", DTYPES[self.plan.precision], copy=True) if rank == 0 else None
             yield name, whole
+        self._gather_rest()
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank holds of every trained parameter's states, after a step: in the same order on all ranks, without any talk."""
@@ -173,6 +173,7 @@ class Engine:
             if not parameter.requires_grad:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                     yield name, parameter.detach()
+        self._gather_rest()
 
     def counters(self) -> dict[str, float]:
         """What the optimizer and fp16's search for a loss scale have counted: plain numbers, the same on all ranks."""
@@ -197,6 +198,7 @@ class Engine:
                 else:
                     _set_whole(parameter, state, value)
             self._write(parameter, values[WEIGHT])
+        self._gather_rest()
         self._count_from(int(counters["optimizer_steps"]))
         for name in self._scaler_counters & counters.keys():
             setattr(self._scaler, name, type(getattr(self._scaler, name))(counters[name]))
@@ -206,6 +208,7 @@ class Engine:
         for name, parameter in self.ds.module.named_parameters():
             if not parameter.requires_grad:
                 self._write(parameter, read(name))
+        self._gather_rest()
         for name, buffer in persistent_buffers(self.ds.module).items():
             buffer.copy_(read(name))
 
@@ -216,7 +219,7 @@ class Engine:
         states = (value for state in self._optimizer_state.values() for value in state.values() if torch.is_tensor(value))
         seen: set[int] = set()
         gradients = [] if self.graphs is None else list(self.graphs.gradients.flats)
-        if self.plan.zero_stage == 3:
+        if self.plan.zero_stage == 3 and self.graphs is None:
             gradients.append(self.ds.optimizer.grad_partitions_flat_buffer)
         held = (storage_bytes(tensors, seen) for tensors in (parameters, [*groups, *states, *self._fp32_partitions], gradients))
         return Held(*(sizes[self.device.type] for sizes in held))
@@ -225,17 +228,40 @@ class Engine:
         """Free what DeepSpeed holds."""
         self.ds.destroy()
 
+    def _prepare_graphs(self, say: Callable[[str], None]) -> None:
+        """Gradients in fixed places, beside DeepSpeed's hooks under stages 0 and 1, instead of them under stage 3."""
+        optimizer, module, max_norm = self.ds.optimizer, self.ds.module, self.plan.ds_config["gradient_clipping"]
+        if self.plan.zero_stage == 3:
+            self.flat, self.called = FlatZero3(module, optimizer, max_norm), module
+            self.graphs = Graphs(self.flat, module, self._watched_sum_loss, self.device, say)
+            return
+        gradients = FixedGradients(module, optimizer.bit16_groups_flat if self.plan.zero_stage == 1 else ())
+        self.graphs = Graphs(gradients, Twin(module, gradients.twins), self._sum_loss, self.device, say)
+        if self.plan.zero_stage == 1:
+            self.flat = FlatZero1(optimizer, gradients.flats, max_norm)
+
+    def _watched_sum_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
+        loss = self._sum_loss(model, batch)
+        if isinstance(self.flat, FlatZero3):
+            self.flat.watch(loss)
+        return loss
+
+    def _gather_rest(self) -> None:
+        """After DeepSpeed has gathered parameters and let go of them, or their shards were written."""
+        if isinstance(self.flat, FlatZero3):
+            self.flat.gather_rest()
+
     def _sum_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         kernels = self.loss_kernels if torch.is_grad_enabled() else IN_CHUNKS
         loss: torch.Tensor = self.task.sum_loss(self.task.logits(model, batch), batch.labels, kernels)
         return loss
 
-    def _reduce(self, gradients: FixedGradients) -> None:
+    def _reduce(self, gradients: Gradients) -> None:
         """Over ranks, of gradients that came about outside of DeepSpeed's hooks."""
         gradients.check_in_place()
-        if self.flat_step is not None:
-            self.flat_step.reduce()
-        else:
+        if self.flat is not None:
+            self.flat.reduce()
+        elif isinstance(gradients, FixedGradients):
             gradients.hand_over()
             self.ds.set_gradient_accumulation_boundary(True)
             self.ds.allreduce_gradients()

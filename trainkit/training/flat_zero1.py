@@ -8,14 +8,14 @@ partition of them; AdamW and its states. Only the way there is another one, over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 
-class FlatStep:
+class FlatZero1:
     """Between gradients that are summed on each rank and weights that are whole again on each."""
 
     def __init__(self, optimizer: Any, gradients: Sequence[torch.Tensor], max_norm: float):
@@ -35,27 +35,41 @@ class FlatStep:
         masters = self.optimizer.single_partition_of_fp32_groups
         gradients = [partition.to(master.dtype) for partition, master in zip(self.reduced, masters, strict=True)]
         self.reduced.clear()
-        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-        squares = torch.stack(norms).double().square().sum()
-        dist.all_reduce(squares, group=self.optimizer.dp_process_group)
-        norm = squares.sqrt().float()
-        if self.max_norm > 0:
-            smaller = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ and DeepSpeed do
-            for gradient in gradients:
-                gradient.mul_(smaller)
-        for group, (master, gradient) in enumerate(zip(masters, gradients, strict=True)):
-            master.grad = gradient
-            self.optimizer._optimizer_step(group)
-            master.grad = None
+
+        def write(group: int) -> None:
             weights = self._weights(group)
-            weights.copy_(master.detach())
-            dist.all_gather_into_tensor(
-                self.optimizer.bit16_groups_flat[group].detach(), weights, group=self.optimizer.real_dp_process_group[group]
-            )
-        return norm
+            weights.copy_(masters[group].detach())
+            whole = self.optimizer.bit16_groups_flat[group].detach()
+            dist.all_gather_into_tensor(whole, weights, group=self.optimizer.real_dp_process_group[group])
+
+        return clip_and_update(self.optimizer, masters, gradients, self.max_norm, write)
 
     def _weights(self, group: int) -> torch.Tensor:
         """This rank's part of the flat weights, in the precision of forward."""
         rank = dist.get_rank(self.optimizer.real_dp_process_group[group])
         weights: torch.Tensor = self.optimizer.parallel_partitioned_bit16_groups[group][rank].detach()
         return weights
+
+
+def clip_and_update(
+    optimizer: Any, masters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], max_norm: float, write: Callable[[int], None]
+) -> torch.Tensor:
+    """AdamW on this rank's flat fp32 weights, one after the other; returns the global norm of the gradients before clipping, in fp32.
+
+    optimizer: DeepSpeed's. masters, gradients: of each of its groups, of the same shape and type; the gradients are overwritten.
+    max_norm: 0 does not clip. write: carries a group's new weights to where forward sees them.
+    """
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    squares = torch.stack(norms).double().square().sum()
+    dist.all_reduce(squares, group=optimizer.dp_process_group)
+    norm = squares.sqrt().float()
+    if max_norm > 0:
+        smaller = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ and DeepSpeed do
+        for gradient in gradients:
+            gradient.mul_(smaller)
+    for group, (master, gradient) in enumerate(zip(masters, gradients, strict=True)):
+        master.grad = gradient
+        optimizer._optimizer_step(group)
+        master.grad = None
+        write(group)
+    return norm
