@@ -25,7 +25,8 @@ CONVERSIONS = [
     ("zero3", 2, "zero3_offload", 1), ("zero3_offload", 2, "zero1", 1), ("zero2_offload", 2, "zero0", 1), ("zero1", 1, "zero3", 2),
     ("zero3", 1, "zero2", 2), ("zero3", 1, "zero3_offload", 2), ("lora zero2", 2, "lora zero3", 1), ("lora zero3", 2, "lora zero1", 2),
     ("apart zero1", 2, "zero3", 1), ("zero3", 2, "apart zero1", 2),
-    ("apart zero3", 2, "zero1", 1), ("zero1", 1, "apart zero3", 2),
+    ("apart zero3", 2, "zero1", 1), ("zero1", 1, "apart zero3", 2), ("lora zero2", 2, "apart lora zero3", 2),
+    ("apart lora zero3", 2, "lora zero1", 2),
 ]  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
     def case(stage: str, precision: str = "fp32", **more: object) -> dict[str, object]:
         """Two micro-batches of 5 rows, whatever the workers, so that dropout falls alike."""
-        lora = stage.startswith("lora ")
+        lora = "lora " in stage
         keys = [
             f"zero={stage.split()[-1]}",
             f"model.precision={precision}",
@@ -85,7 +86,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         wanted = [it for it in CONVERSIONS if (it[1], it[3]) == (source, target)]
         return [going_on(resumed(it), it[2], name_of(it[0], it[1])) for it in wanted]
 
-    two = [whole(stage, 2, precision) for stage, precision in SAME] + [whole("lora zero2", 2), whole("lora zero3", 2)]
+    two = [whole(stage, 2, precision) for stage, precision in SAME] + [
+        whole(stage, 2) for stage in ("lora zero2", "lora zero3", "apart lora zero3")
+    ]
     two += [going_on(f"{stage} {precision} resumed", stage, name_of(stage, 2, precision), precision) for stage, precision in SAME]
     found = train_all(folder, 2, two + conversions(2, 2))
     found |= train_all(folder, 1, [whole("zero1", 1), whole("zero3", 1), *conversions(2, 1)])

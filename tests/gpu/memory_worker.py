@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     ready = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.reset_peak_memory_stats(device)
     batch = tiny_batch(device)
+    if plan.cuda_graphs:
+        engine.warm_up(replace(batch, labels=torch.full_like(batch.labels, -100)), capture=True)
+        assert engine.graphs is not None and engine.graphs.made
     steps = 0
     while steps < 3:  # fp16 skips steps until its loss scale is found
         engine.backward(engine.sum_loss(batch), 8, last=True)

@@ -36,3 +36,11 @@ def test_a_capture_that_fails_says_what_to_write(batch: MicroBatch) -> None:
 def test_want_of_memory_stays_what_it_is(batch: MicroBatch) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         Graphs.capture(graphs_that_raise(torch.OutOfMemoryError("CUDA out of memory")), batch)
+
+
+def test_graphs_are_let_go_of_before_nccl_ends() -> None:
+    told: list[str] = []
+    forward, backward = (SimpleNamespace(reset=lambda name=name: told.append(name)) for name in ("forward", "backward"))
+    graphs: Any = SimpleNamespace(made={(): SimpleNamespace(forward=forward, backward=backward)}, capturable=True)
+    Graphs.close(graphs)
+    assert told == ["forward", "backward"] and not graphs.made and not graphs.capturable

@@ -134,6 +134,7 @@ class Worker:
         self.saver = Saver(self.folder.path, str(job.attempt), job.recipe.train.save_total_limit, self.copier.offer)
         self.best_saved: int | None = self.begin.best_step  # by the last checkpoint, which may not be complete yet
         self.examples: dict[int, list[dict[str, str]]] = {}  # by the step of their evaluation
+        self.engine: Engine | None = None
 
     def run(self) -> dict[str, Any] | None:
         if self.rank == 0:
@@ -145,7 +146,7 @@ class Worker:
         uses = self.coming_shapes()
         partitioning = Partitioning(self.plan)
         model = build_model(self.recipe, self.job.first_weights, partitioning.gathered, self.job.prepared.label_names)
-        engine = Engine(model, self.plan, self.recipe.model.task, self.device, self.folder.write_note)
+        engine = self.engine = Engine(model, self.plan, self.recipe.model.task, self.device, self.folder.write_note)
         if self.recipe.data.packing:
             with engine.evaluating():
                 check_packing(engine.logits, self.feeds["train"].micro_batches(1).micro_batches[0])
@@ -174,6 +175,7 @@ class Worker:
         self.saver.wait()
         examples = self.finish(engine, outcome) if outcome.status == "completed" else []
         self.wait_for_copies()
+        self.phase("ending the workers")
         if outcome.status == "completed":
             self.board.completed()
         if self.rank != 0:
@@ -406,6 +408,9 @@ class Worker:
         return out_of_memory(error, self.plan, self.device, self.rank, step, piece, in_micro_batches=in_step or piece == _EVALUATING)
 
     def close(self) -> None:
+        if self.engine is not None:
+            with contextlib.suppress(RuntimeError):  # the GPU may be what failed
+                self.engine.close_graphs()
         self.saver.close()
         self.copier.close()
         for feed in self.feeds.values():

@@ -16,6 +16,7 @@ class Parameter:
     name: str
     numel: int
     trainable: bool
+    block: int | None = None  # number of the repeated block that alone has it
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ Activations are not model states: `activation_bytes_per_token` bounds them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,8 +31,6 @@ PRECISION_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 CATEGORIES = ("parameters", "gradients", "optimizer", "buckets")
 ALLREDUCE_ELEMENTS = 500_000_000  # stage 0 flattens at most so many gradients at a time
 BIASED_ATTENTION = ("t5", "mt5", "umt5", "longt5")  # a position bias keeps the kernels that never store the scores away
-
-IN_BLOCK = re.compile(r".*?\.\d+\.")  # "encoder.block.0." of encoder.block.0.layer.1.weight: an outermost list's children
 
 
 @dataclass(frozen=True)
@@ -189,22 +186,23 @@ def _stage_3(case: _Case) -> Memory:
 
 
 def _stage_3_by_blocks(case: _Case) -> Memory:
-    """The shards; beside them what is in no repeated block, whole, with its gradients at the end of backward; and one block whole, with its
-    gradients, once more cut for the ranks, and their sum. At the step the gradients exist once more in fp32."""
-    blocks: dict[str, int] = {}
-    rest = rest_trained = 0
+    """The shards, and beside them what is in no repeated block, whole. In backward one block is whole, with its gradients, those once more
+    in the ranks' pieces, and their sum, beside the other gradients of what is in none; these are summed at the end. At the step the
+    gradients exist once more in fp32."""
+    shards = trained = rest = rest_trained = 0
+    blocks: dict[int, int] = {}
     for parameter in case.facts.parameters:
-        if block := IN_BLOCK.match(parameter.name):
-            blocks[block[0]] = blocks.get(block[0], 0) + parameter.numel
+        shard = -(-parameter.numel // case.world_size)
+        shards += shard
+        trained += shard * parameter.trainable
+        in_backward = parameter.numel + (2 * parameter.numel + shard) * parameter.trainable
+        if parameter.block is not None:
+            blocks[parameter.block] = blocks.get(parameter.block, 0) + in_backward
         else:
             rest += parameter.numel
-            rest_trained += parameter.numel * parameter.trainable
-    shards = sum(-(-p.numel // case.world_size) for p in case.facts.parameters)
-    trained = sum(-(-p.numel // case.world_size) for p in case.facts.parameters if p.trainable)
-    passing = case.width * max(4 * max(blocks.values(), default=0), 2 * rest_trained)
-    device = _by_category(
-        case.width * (shards + rest) + case.facts.buffer_bytes, case.width * trained, 12 * trained, case.width * case.bucket + passing
-    )
+            rest_trained += (2 * parameter.numel + shard) * parameter.trainable
+    passing = case.width * max(rest_trained // 2 + max(blocks.values(), default=0), rest_trained)
+    device = _by_category(case.width * (shards + rest) + case.facts.buffer_bytes, case.width * trained, 12 * trained, passing)
     return Memory(device, _by_category(), sum(device.values()) - passing + case.fp32_copy * trained)
 
 

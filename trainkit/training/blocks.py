@@ -6,6 +6,7 @@ are dynamic: one compilation serves all shapes of micro-batches.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,19 @@ def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     if isinstance(model, torch.nn.ModuleList) and len(model) > 1 and len({type(child) for child in model}) == 1:
         return list(model)
     return [block for child in model.children() for block in repeated_blocks(child)]
+
+
+def parameters_of_blocks(model: torch.nn.Module) -> list[tuple[torch.nn.Module, list[torch.nn.Parameter]]]:
+    """Each repeated block with the parameters that are in it and nowhere else."""
+    everywhere = _counted(model)
+    return [
+        (block, [parameter for parameter, count in _counted(block).items() if count == everywhere[parameter]])
+        for block in repeated_blocks(model)
+    ]
+
+
+def _counted(module: torch.nn.Module) -> Counter[torch.nn.Parameter]:
+    return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 def compile_blocks(model: torch.nn.Module, say: Callable[[str], None]) -> Kernels:

@@ -131,6 +131,14 @@ class Graphs:
                 ) from error
         return shape in self.made
 
+    def close(self) -> None:
+        """Let go of them: NCCL does not end while a graph holds one of its calls."""
+        self.capturable = False
+        for graph in self.made.values():
+            graph.forward.reset()
+            graph.backward.reset()
+        self.made.clear()
+
     def find_out(self, batch: MicroBatch) -> None:
         """Whether forward and backward can be captured. Once, because a capture that fails leaves CUDA in disorder; and on all ranks at the
         same time, because there may be collectives in them.

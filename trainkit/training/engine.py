@@ -147,12 +147,11 @@ class Engine:
         All ranks must walk through it together. One parameter at a time is whole on the device.
         """
         rank = dist.get_rank()
-        self.ds.empty_partition_cache()  # stage 3 may have fetched ahead; what is on its way can be neither read nor let go
+        self._settle()
         for name, parameter in self.ds.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                whole = parameter.detach().to("cpu", DTYPES[self.plan.precision], copy=True) if rank == 0 else None
+            with self._whole(parameter) as value:
+                whole = value.to("cpu", DTYPES[self.plan.precision], copy=True) if rank == 0 else None
             yield name, whole
-        self._gather_rest()
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank holds of every trained parameter's states, after a step: in the same order on all ranks, without any talk."""
@@ -168,12 +167,11 @@ class Engine:
 
     def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole tensor on the device) of every parameter that is not trained. All ranks must walk through it together."""
-        self.ds.empty_partition_cache()
+        self._settle()
         for name, parameter in self.ds.module.named_parameters():
             if not parameter.requires_grad:
-                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                    yield name, parameter.detach()
-        self._gather_rest()
+                with self._whole(parameter) as value:
+                    yield name, value
 
     def counters(self) -> dict[str, float]:
         """What the optimizer and fp16's search for a loss scale have counted: plain numbers, the same on all ranks."""
@@ -189,7 +187,7 @@ class Engine:
         for micro in batch.micro_batches:
             self.backward(self.sum_loss(micro) * 0.0, batch.label_tokens, last=micro is batch.micro_batches[-1])
         self.step(0.0)
-        self.ds.empty_partition_cache()
+        self._settle()
         for name, parameter in self._trained():
             values = {state: read(name, state).to(self.device) for state in (STATES if counters["optimizer_steps"] else (WEIGHT,))}
             for state, value in values.items():
@@ -198,7 +196,7 @@ class Engine:
                 else:
                     _set_whole(parameter, state, value)
             self._write(parameter, values[WEIGHT])
-        self._gather_rest()
+        self._written()
         self._count_from(int(counters["optimizer_steps"]))
         for name in self._scaler_counters & counters.keys():
             setattr(self._scaler, name, type(getattr(self._scaler, name))(counters[name]))
@@ -208,7 +206,7 @@ class Engine:
         for name, parameter in self.ds.module.named_parameters():
             if not parameter.requires_grad:
                 self._write(parameter, read(name))
-        self._gather_rest()
+        self._written()
         for name, buffer in persistent_buffers(self.ds.module).items():
             buffer.copy_(read(name))
 
@@ -225,13 +223,21 @@ class Engine:
         return Held(*(sizes[self.device.type] for sizes in held))
 
     def close(self) -> None:
-        """Free what DeepSpeed holds."""
+        """Free what DeepSpeed holds, and the graphs."""
+        self.close_graphs()
         self.ds.destroy()
+
+    def close_graphs(self) -> None:
+        """Before the process group ends, also after an error."""
+        if self.graphs is not None:
+            self.graphs.close()
 
     def _prepare_graphs(self, say: Callable[[str], None]) -> None:
         """Gradients in fixed places, beside DeepSpeed's hooks under stages 0 and 1, instead of them under stage 3."""
         optimizer, module, max_norm = self.ds.optimizer, self.ds.module, self.plan.ds_config["gradient_clipping"]
         if self.plan.zero_stage == 3:
+            for hook in (self.ds.module_forward_pre_hook, self.ds.module_forward_post_hook):  # they watch who reads which parameter
+                hook.remove()
             self.flat, self.called = FlatZero3(module, optimizer, max_norm), module
             self.graphs = Graphs(self.flat, module, self._watched_sum_loss, self.device, say)
             return
@@ -245,11 +251,6 @@ class Engine:
         if isinstance(self.flat, FlatZero3):
             self.flat.watch(loss)
         return loss
-
-    def _gather_rest(self) -> None:
-        """After DeepSpeed has gathered parameters and let go of them, or their shards were written."""
-        if isinstance(self.flat, FlatZero3):
-            self.flat.gather_rest()
 
     def _sum_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         kernels = self.loss_kernels if torch.is_grad_enabled() else IN_CHUNKS
@@ -306,11 +307,32 @@ class Engine:
         groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         return {parameter: master for own, masters in groups for parameter, master in zip(own, masters, strict=True)}
 
+    def _settle(self) -> None:
+        """Stage 3 may have fetched ahead, and what is on its way can be neither read nor let go."""
+        if not isinstance(self.flat, FlatZero3):
+            self.ds.empty_partition_cache()
+
+    @contextlib.contextmanager
+    def _whole(self, parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
+        """A parameter, of which each rank may hold a shard, on the device. All ranks must call it."""
+        if isinstance(self.flat, FlatZero3):
+            yield self.flat.whole(parameter)
+            return
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            yield parameter.detach()
+
     def _write(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-        """The parameter that forward and backward see, in its own precision."""
+        """The parameter that forward and backward see, in its own precision; `_written` ends it. All ranks must call both."""
+        if isinstance(self.flat, FlatZero3):
+            self.flat.write(parameter, value)
+            return
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")), torch.no_grad():
             if not hasattr(parameter, "ds_id") or dist.get_rank() == 0:
                 parameter.copy_(value)
+
+    def _written(self) -> None:
+        if isinstance(self.flat, FlatZero3):
+            self.flat.gather_rest()
 
     def _count_from(self, steps: int) -> None:
         """Set AdamW's count of steps, from which it corrects its moments' bias."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _coalescing_manager  # many collectives as one launch: torch has no public name for it
 
 from trainkit.errors import TrainingError
-from trainkit.training.blocks import repeated_blocks
+from trainkit.training.blocks import parameters_of_blocks
 from trainkit.training.flat_zero1 import clip_and_update
 
 ALIGNMENT = 64  # elements: matrix units want rows that begin at multiples of 16 bytes
@@ -34,26 +33,32 @@ class FlatZero3:
 
     def __init__(self, model: torch.nn.Module, optimizer: Any, max_norm: float):
         """optimizer: DeepSpeed's of stage 3, whose hooks are taken out. max_norm: 0 does not clip."""
-        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # it has all ranks talk during a capture, and one may capture alone
+        if os.environ.setdefault("NCCL_GRAPH_REGISTER", "0") != "0":
+            raise TrainingError(
+                "NCCL_GRAPH_REGISTER has all ranks talk while a CUDA graph is captured, and under ZeRO-3 one rank may capture alone. "
+                "Take it out of the environment, or write model.cuda_graphs: false"
+            )
         self.optimizer, self.max_norm = optimizer, max_norm
         _take_out_hooks(optimizer)
-        blocks = repeated_blocks(model)
-        shared = Counter(parameter for block in blocks for parameter in block.parameters())
-        of_block = [[parameter for parameter in block.parameters() if shared[parameter] == 1] for block in blocks]
-        inside = {parameter for parameters in of_block for parameter in parameters}
-        places = self._gradient_places()
+        places, blocks = self._gradient_places(), parameters_of_blocks(model)
+        inside = {parameter for _, parameters in blocks for parameter in parameters}
         self.rest = _Unit([parameter for parameter in model.parameters() if parameter not in inside], places)
-        self.units = [_Unit(parameters, places) for parameters in of_block]
-        for block, unit in zip(blocks, self.units, strict=True):
-            block.register_forward_pre_hook(functools.partial(self._before_forward, unit))
-            block.register_forward_hook(functools.partial(self._after_forward, unit), with_kwargs=True)
+        self.units = []
+        for block, parameters in blocks:
+            unit = _Unit(parameters, places)
+            block.register_forward_pre_hook(functools.partial(self._before_forward, unit), with_kwargs=True)
+            block.register_forward_hook(functools.partial(self._after_forward, unit))
+            self.units.append(unit)
         self.flats = (optimizer.grad_partitions_flat_buffer,)
         self.taken = False
         self.in_backward: _Unit | None = None
         self.gather_rest()
 
     def begin(self) -> None:
-        """Before a micro-batch; the gradients of a step's first one begin at zero. What an error left half done is forgotten."""
+        """Before a micro-batch; the gradients of a step's first one begin at zero. What an error left half done is let go of; what it had
+        summed stays."""
+        for unit in (self.rest, *self.units):
+            unit.forget_gradients()
         for unit in self.units:
             unit.release()
             unit.awaits_backward = False
@@ -68,8 +73,23 @@ class FlatZero3:
             loss.register_hook(lambda gradient: torch.autograd.Variable._execution_engine.queue_callback(self._end_backward))
 
     def gather_rest(self) -> None:
-        """Make what is in no block whole, after its shards were written or DeepSpeed has let go of it. All ranks must call it."""
+        """Make what is in no block whole, after shards were written. All ranks must call it."""
         self.rest.gather()
+
+    @torch.no_grad()
+    def whole(self, parameter: Any) -> torch.Tensor:
+        """One parameter in memory of its own. All ranks must call it."""
+        shard, group = parameter.ds_tensor, parameter.ds_process_group
+        flat = torch.empty(shard.numel() * dist.get_world_size(group), dtype=shard.dtype, device=shard.device)
+        dist.all_gather_into_tensor(flat, shard.detach(), group=group)
+        return flat[: parameter.ds_numel].view(parameter.ds_shape)
+
+    @torch.no_grad()
+    def write(self, parameter: Any, value: torch.Tensor) -> None:
+        """This rank's shard of one parameter, from the whole value."""
+        shard = parameter.ds_tensor
+        mine = value.flatten()[dist.get_rank(parameter.ds_process_group) * shard.numel() :][: shard.numel()]
+        shard[: mine.numel()].copy_(mine)
 
     def check_in_place(self) -> None:
         """Whoever moves a shard elsewhere would leave the graphs behind."""
@@ -99,18 +119,20 @@ class FlatZero3:
         sizes = [parameter.partition_numel() for parameter in parameters]
         return dict(zip(parameters, self.optimizer.grad_partitions_flat_buffer.split(sizes), strict=True))
 
-    def _before_forward(self, unit: _Unit, block: torch.nn.Module, inputs: Any) -> None:
-        if unit.awaits_backward and torch.is_grad_enabled():
-            raise TrainingError(
-                "a block of this model runs twice in a forward, which CUDA graphs under ZeRO-3 do not know. Write model.cuda_graphs: false"
-            )
+    def _before_forward(self, unit: _Unit, block: torch.nn.Module, inputs: Any, named_inputs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            if unit.awaits_backward:
+                raise TrainingError(
+                    "a block of this model runs twice in a forward, which CUDA graphs under ZeRO-3 do not know. "
+                    "Write model.cuda_graphs: false"
+                )
+            unit.given = {id(tensor): tensor._version for tensor in _tensors((*inputs, *named_inputs.values()))}
         unit.gather()
 
-    def _after_forward(self, unit: _Unit, block: torch.nn.Module, inputs: Any, named_inputs: dict[str, Any], outputs: Any) -> None:
-        given = {id(tensor) for tensor in _tensors((*inputs, *named_inputs.values()))}  # what is handed through is another block's
+    def _after_forward(self, unit: _Unit, block: torch.nn.Module, inputs: Any, outputs: Any) -> None:
         if torch.is_grad_enabled():
             for tensor in _tensors(outputs):
-                if tensor.requires_grad and id(tensor) not in given:
+                if tensor.requires_grad and unit.given.get(id(tensor)) != tensor._version:  # what is handed through is another block's
                     tensor.register_hook(lambda gradient: self._before_backward(unit))
                     unit.awaits_backward = True
         unit.release()
@@ -146,6 +168,7 @@ class _Unit:
         self.trained = [(p, gradient_places[p]) for p in parameters if p.requires_grad]
         self.addresses = [shard.data_ptr() for shard in self.shards]
         self.awaits_backward = False
+        self.given: dict[int, int] = {}  # tensors that came into forward, and how often they had been written to
         self.slots: list[torch.Tensor] = []
         self.wholes: list[torch.Tensor] = []
         if parameters:
@@ -192,6 +215,9 @@ class _Unit:
             for (parameter, _), total in zip(self.trained, sums, strict=True):
                 dist.reduce_scatter_tensor(total, self._padded(parameter), group=self.group)
         torch._foreach_add_([place for _, place in self.trained], sums)
+        self.forget_gradients()
+
+    def forget_gradients(self) -> None:
         for parameter, _ in self.trained:
             parameter.grad = None
 
@@ -205,10 +231,12 @@ class _Unit:
 
 
 def _take_out_hooks(optimizer: Any) -> None:
-    """DeepSpeed's, that gather and release around every module, and that reduce when a gradient is there."""
+    """DeepSpeed's, that gather and release around every module and reduce when a gradient is there; and the memory that they reduce in."""
     optimizer.parameter_offload.destroy()
     for hook in (*optimizer._grad_acc_hooks, *optimizer._leaf_module_hooks):
         hook.remove()
+    for bucket in optimizer.ipg_buckets.values():
+        bucket.buffer = None
 
 
 def _tensors(values: Any) -> Iterable[torch.Tensor]:

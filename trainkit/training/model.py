@@ -26,6 +26,7 @@ from trainkit.errors import DataError
 from trainkit.planning.facts import Matrices, ModelFacts, Parameter
 from trainkit.planning.memory import BIASED_ATTENTION
 from trainkit.recipe.schema import Lora, Recipe
+from trainkit.training.blocks import parameters_of_blocks
 from trainkit.training.loss import IN_CHUNKS, Kernels, cross_entropy_sum
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -161,9 +162,10 @@ def model_facts(recipe: Recipe, label_names: Sequence[str] | None = None) -> Mod
     with init_empty_weights(include_buffers=True):
         model = _add_lora(_from_config(recipe, config, torch.float32), recipe)
     text = config.get_text_config()
+    block_of = {p: number for number, (_, parameters) in enumerate(parameters_of_blocks(model)) for p in parameters}
     return ModelFacts(
         model_type=config.model_type,
-        parameters=tuple(Parameter(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()),
+        parameters=tuple(Parameter(name, p.numel(), p.requires_grad, block_of.get(p)) for name, p in model.named_parameters()),
         buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
         hidden_size=text.hidden_size,
         num_layers=getattr(text, "num_hidden_layers", 0) + _decoder_layers(config),

@@ -1,0 +1,178 @@
+"""ZeRO-3 by whole blocks in one process, on shards as DeepSpeed keeps them; tests/cluster/test_parity.py has two ranks and DeepSpeed."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from trainkit.errors import TrainingError
+from trainkit.training.flat_zero3 import FlatZero3
+
+WIDTH = 6
+
+
+class Status(enum.Enum):
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+
+
+class Block(torch.nn.Module):
+    def __init__(self, in_place: bool):
+        super().__init__()
+        self.linear, self.norm, self.in_place = torch.nn.Linear(WIDTH, WIDTH), torch.nn.LayerNorm(WIDTH), in_place
+
+    def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        change = torch.tanh(self.linear(self.norm(hidden.clone() if self.in_place else hidden) + bias))
+        return (hidden.add_(change) if self.in_place else hidden + change), bias
+
+
+class Model(torch.nn.Module):
+    """Three blocks that hand a bias through; the head is tied to the embedding."""
+
+    def __init__(self, in_place: bool = False, calls: int = 1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.bias = torch.nn.Embedding(11, WIDTH), torch.nn.Parameter(torch.randn(WIDTH))
+        self.blocks = torch.nn.ModuleList(Block(in_place) for _ in range(3))
+        self.calls = calls
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden, bias = self.embedding(ids) + 0.0, self.bias * 2
+        for block in self.blocks:
+            for _ in range(self.calls):
+                hidden, bias = block(hidden, bias)
+        return torch.nn.functional.cross_entropy(hidden @ self.embedding.weight.T + bias.sum(), ids, reduction="sum")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(model: Model, groups: int = 1, max_norm: float = 1.0) -> FlatZero3:
+    """The model with its parameters cut as DeepSpeed's stage 3 cuts them, for one rank, in so many sub groups."""
+    parameters: list[Any] = list(model.parameters())
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, shard in zip(parameters, flat.split(sizes), strict=True):
+        parameter.ds_tensor, parameter.ds_shape, parameter.ds_numel = shard, parameter.shape, parameter.numel()
+        parameter.ds_process_group, parameter.ds_status = dist.group.WORLD, Status.NOT_AVAILABLE
+        parameter.partition_numel = functools.partial(int, parameter.numel())
+        parameter.data = torch.empty(0)
+    cut = [0, *(len(parameters) * part // groups for part in range(1, groups)), len(parameters)]
+    lengths = [sum(sizes[a:b]) for a, b in itertools.pairwise(cut)]
+    masters = [torch.nn.Parameter(part.clone()) for part in flat.split(lengths)]
+    adamw = [torch.optim.AdamW([master], lr=0.01, weight_decay=0.0) for master in masters]
+    optimizer = SimpleNamespace(
+        fp16_groups=[parameters[a:b] for a, b in itertools.pairwise(cut)],
+        fp16_partitioned_groups_flat=flat.split(lengths),
+        fp32_partitioned_groups_flat=masters,
+        grad_partitions_flat_buffer=torch.zeros_like(flat),
+        dp_process_group=dist.group.WORLD,
+        parameter_offload=SimpleNamespace(destroy=lambda: None),
+        ipg_buckets={},
+        _grad_acc_hooks=[],
+        _leaf_module_hooks=[],
+        _optimizer_step=lambda group: adamw[group].step(),
+    )
+    return FlatZero3(model, optimizer, max_norm)
+
+
+def ids(step: int) -> torch.Tensor:
+    return torch.randint(11, (5,), generator=torch.Generator().manual_seed(step))
+
+
+def train(flat: FlatZero3, model: Model, step: int) -> float:
+    """An optimizer step of two micro-batches; returns the gradients' norm."""
+    for number in range(2):
+        flat.begin()
+        loss = model(ids(2 * step + number))
+        flat.watch(loss)
+        loss.backward()
+    flat.taken = True
+    return float(flat.step())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_it_trains_as_plain_torch_does(groups: int, in_place: bool) -> None:
+    model, plain = Model(in_place), Model()
+    flat, adamw = sharded(model, groups), torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
+    for step in range(4):
+        adamw.zero_grad()
+        for number in range(2):
+            plain(ids(2 * step + number)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        adamw.step()
+        assert train(flat, model, step) == pytest.approx(float(norm), rel=1e-5)
+    for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(flat.whole(parameter), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_blocks_memory_is_there_only_while_it_runs() -> None:
+    model = Model()
+    flat = sharded(model)
+    held: list[list[bool]] = []
+    for block in model.blocks:
+        block.linear.register_forward_hook(lambda *_: held.append([unit.flat.untyped_storage().nbytes() > 0 for unit in flat.units]))
+    loss = model(ids(0))
+    assert held == [[True, False, False], [False, True, False], [False, False, True]]
+    flat.watch(loss)
+    loss.backward()
+    assert all(unit.flat.untyped_storage().nbytes() == 0 for unit in flat.units)
+    assert all(parameter.numel() == 0 and parameter.grad is None for parameter in model.blocks.parameters())
+    assert model.embedding.weight.shape == (11, WIDTH), "what is in no block stays"
+
+
+def test_a_block_that_runs_twice_is_refused() -> None:
+    model = Model(calls=2)
+    sharded(model)
+    with pytest.raises(TrainingError, match=r"runs twice in a forward.*Write model.cuda_graphs: false"):
+        model(ids(0))
+    with torch.no_grad():
+        model(ids(0))
+
+
+def test_what_an_error_left_half_done_is_forgotten() -> None:
+    model, again = Model(), Model()
+    flat, expected = sharded(model), sharded(again)
+
+    def breaks(gradient: torch.Tensor) -> None:
+        raise RuntimeError("in the middle of backward")
+
+    handle = model.blocks[0].register_forward_hook(lambda module, inputs, outputs: outputs[0].register_hook(breaks) and None)
+    flat.begin()
+    loss = model(ids(0))
+    flat.watch(loss)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        (loss * 64).backward()
+    handle.remove()
+    flat.taken = True
+    assert train(flat, model, 1) == train(expected, again, 1)
+
+
+def test_one_parameter_is_read_and_written_whole() -> None:
+    model = Model()
+    flat = sharded(model)
+    weight, value = model.blocks[1].linear.weight, torch.arange(36.0).view(6, 6)
+    flat.write(weight, value)
+    assert torch.equal(flat.whole(weight), value)
+    flat.write(model.embedding.weight, torch.ones(11, WIDTH))
+    flat.gather_rest()
+    assert torch.equal(model.embedding.weight, torch.ones(11, WIDTH))
+
+
+def test_an_nccl_that_talks_during_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "1")
+    with pytest.raises(TrainingError, match="NCCL_GRAPH_REGISTER"):
+        sharded(Model())
