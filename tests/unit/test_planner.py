@@ -346,6 +346,12 @@ def test_cuda_graphs_are_made_where_they_can_be_and_memory_allows() -> None:
     assert asked.cuda_graphs and "both may not fit" in asked.notes[-1], "who asks for them gets them, and is told"
 
 
+def test_who_saves_memory_that_is_there_is_told() -> None:
+    told = {zero: any("zero1 leaves half" in note for note in plan_of(zero, gpu(139)).notes) for zero in SHIPPED}
+    assert told == {"zero0": False, "zero1": False, "zero2": True, "zero3": True, "zero2_offload": True, "zero3_offload": True}
+    assert not any("zero1 leaves half" in note for note in plan_of("zero3", gpu(8)).notes)
+
+
 def test_where_states_fit_without_graphs_alone_there_are_none() -> None:
     model = {"path": "t5", "task": "seq2seq"}
     assert plan_of("zero1", gpu(6.5)).memory == plan_of("zero1", gpu(6.5), model=model | {"cuda_graphs": False}).memory

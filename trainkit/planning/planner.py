@@ -33,6 +33,7 @@ ACTIVATION_SHARE = 0.8  # of what the model states leave free: the rest is the a
 DEFAULT_LENGTH = 512
 UNCOMPILED_MFU = 0.15  # a GPU's, in the kernels of plain torch: T5-large on an H200
 COMPILED_FROM_SECONDS = 240  # of a run's work in those kernels: a compiler takes away a fifth to two fifths, and takes about a minute
+FASTEST = "zero1"  # of the shipped configurations, where it fits (benchmarks/RESULTS.md)
 GRAPHS_MEMORY = 1.4  # times the most that activations may take; twice what they took where it was measured
 
 
@@ -94,7 +95,7 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         compile_blocks=_compiles(recipe, zero),
         cuda_graphs=no_graphs is None,
         no_graphs=no_graphs,
-        notes=_notes(recipe, zero, ds_config, batch, hardware),
+        notes=_notes(recipe, zero, ds_config, batch, hardware) + _faster_stage(zero, fits, hardware),
         zero_name=zero.name,
         device_name=hardware.name,
         device_memory=hardware.memory_bytes,
@@ -360,6 +361,14 @@ def _bytes_per_token(recipe: Recipe, model: ModelFacts) -> int:
 def _room(memory_bytes: int, memory: Memory) -> int:
     """For activations; inside the optimizer step there are none, so only the bytes of the backward pass are taken off."""
     return max(0, int(ACTIVATION_SHARE * (memory_bytes - sum(memory.device.values())))) if memory.device_total <= memory_bytes else 0
+
+
+def _faster_stage(zero: ZeroConfig, fits: tuple[Fit, ...], hardware: Hardware) -> tuple[str, ...]:
+    """Stages 2 and 3 and offload pay for memory with time, which a model can save whose states leave half of it free without them."""
+    saves_memory = zero.stage > 1 or zero.offload_optimizer or zero.offload_param
+    if not saves_memory or not any(fit.name == FASTEST and fit.fits and 2 * fit.device <= (hardware.memory_bytes or 0) for fit in fits):
+        return ()
+    return (f"{FASTEST} leaves half of the memory free here, and takes less time a step than {zero.name}, which pays for memory with it",)
 
 
 def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _Batch, hardware: Hardware) -> tuple[str, ...]:
