@@ -104,7 +104,8 @@ def test_every_step_is_reported_once_with_the_sums_over_its_micro_batches() -> N
     outcome, _ = run(engine, records)
     assert [record.step for record in records] == [1, 2, 3, 4, 5] and outcome.status == "completed" and outcome.steps == 5
     record = records[-1]
-    assert list(record.piece_seconds) == ["forward", "backward", "optimizer"] and sum(record.piece_seconds.values()) <= record.seconds
+    assert list(record.piece_seconds) == ["forward", "backward", "optimizer"]
+    assert sum(record.piece_seconds.values()) <= record.seconds + 1e-3
     assert record.mfu == pytest.approx((5 * 20 + 3 * 10) / (record.seconds * 1000)), (
         "FLOPs of the real tokens over what the device could do"
     )

@@ -100,6 +100,8 @@ def run_worker(job: Job) -> dict[str, Any] | None:
 class Worker:
     """One rank of a run: its feeds, its place in the run folder, and the order of what is done."""
 
+    engine: Engine | None = None  # until it is built
+
     def __init__(self, job: Job):
         self.job, self.recipe, self.plan = job, job.recipe, job.plan
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -134,7 +136,6 @@ class Worker:
         self.saver = Saver(self.folder.path, str(job.attempt), job.recipe.train.save_total_limit, self.copier.offer)
         self.best_saved: int | None = self.begin.best_step  # by the last checkpoint, which may not be complete yet
         self.examples: dict[int, list[dict[str, str]]] = {}  # by the step of their evaluation
-        self.engine: Engine | None = None
 
     def run(self) -> dict[str, Any] | None:
         if self.rank == 0:
