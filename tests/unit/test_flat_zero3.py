@@ -96,9 +96,7 @@ def train(flat: FlatZero3, model: Model, step: int) -> float:
     """An optimizer step of two micro-batches; returns the gradients' norm."""
     for number in range(2):
         flat.begin()
-        loss = model(ids(2 * step + number))
-        flat.watch(loss)
-        loss.backward()
+        flat.watched(model(ids(2 * step + number))).backward()
     flat.taken = True
     return float(flat.step())
 
@@ -127,8 +125,7 @@ def test_a_blocks_memory_is_there_only_while_it_runs() -> None:
         block.linear.register_forward_hook(lambda *_: held.append([unit.flat.untyped_storage().nbytes() > 0 for unit in flat.units]))
     loss = model(ids(0))
     assert held == [[True, False, False], [False, True, False], [False, False, True]]
-    flat.watch(loss)
-    loss.backward()
+    flat.watched(loss).backward()
     assert all(unit.flat.untyped_storage().nbytes() == 0 for unit in flat.units)
     assert all(parameter.numel() == 0 and parameter.grad is None for parameter in model.blocks.parameters())
     assert model.embedding.weight.shape == (11, WIDTH), "what is in no block stays"
@@ -152,8 +149,7 @@ def test_what_an_error_left_half_done_is_forgotten() -> None:
 
     handle = model.blocks[0].register_forward_hook(lambda module, inputs, outputs: outputs[0].register_hook(breaks) and None)
     flat.begin()
-    loss = model(ids(0))
-    flat.watch(loss)
+    loss = flat.watched(model(ids(0)))
     with pytest.raises(RuntimeError, match="in the middle"):
         (loss * 64).backward()
     handle.remove()

@@ -105,7 +105,8 @@ def test_every_step_is_reported_once_with_the_sums_over_its_micro_batches() -> N
     assert [record.step for record in records] == [1, 2, 3, 4, 5] and outcome.status == "completed" and outcome.steps == 5
     record = records[-1]
     assert list(record.piece_seconds) == ["forward", "backward", "optimizer"]
-    assert sum(record.piece_seconds.values()) <= record.seconds + 1e-3
+    pieces, seconds = sum(sum(each.piece_seconds.values()) for each in records), sum(each.seconds for each in records)
+    assert pieces <= seconds, "of all steps: one may have begun before the numbers of the step before were there"
     assert record.mfu == pytest.approx((5 * 20 + 3 * 10) / (record.seconds * 1000)), (
         "FLOPs of the real tokens over what the device could do"
     )

@@ -92,7 +92,7 @@ def test_stage_3_by_blocks_keeps_what_is_in_none_whole() -> None:
     assert memory.device["parameters"] == 2 * (T // 4) + 2 * rest
     assert memory.device["gradients"] == 2 * T // 4 and memory.device["optimizer"] == 12 * T // 4
     block = 16 * 1024 * 1024 + 3 * 1024 + 512  # the decoder's first, its gradients, those in pieces, and a quarter of their sum
-    assert memory.device["buckets"] == 2 * (rest + rest // 8 + 3 * block + block // 4)
+    assert memory.device["buckets"] == 2 * (rest + 3 * block + block // 4)
     assert memory.device_at_step == memory.device["parameters"] + (2 + 12 + 4) * T // 4
     assert memory.device_total < states("zero3", 4).device_total
 

@@ -66,8 +66,9 @@ def environment_settings(recipe: Recipe, local: bool) -> dict[str, str]:
         settings["TORCHINDUCTOR_CACHE_DIR"] = str(kept)  # the next run compiles nothing anew
     if recipe.train.deterministic:
         settings["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS may add in another order each time
-    settings["NCCL_GRAPH_REGISTER"] = "0"  # it has all ranks talk while one captures a CUDA graph
-    if not recipe.scaling.use_gpu:
+    if recipe.scaling.use_gpu:
+        settings["NCCL_GRAPH_REGISTER"] = "0"  # it has all ranks talk while one captures a CUDA graph
+    else:
         settings["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that it sees
     if local and (token := _own_token()) is not None:
         settings["RAY_AUTH_MODE"] = "token"  # other users of this machine cannot send tasks to this Ray

@@ -9,12 +9,13 @@ W: world size, b: bytes of the training precision. Flat partitions are T/W, roun
     stage 1   bP                bT                12T/W       reduce_bucket_size, twice with overlap_comm
     stage 2   bP                2bT/W             12T/W       the same
     stage 3   bP/W + persistent bT/W              12T/W       reduce_bucket_size, gathered parameters
+    ... graphs bP/W + in no block bT/W            12T/W       one repeated block with its gradients
 
-With CUDA graphs stage 1 has no bucket, and stage 3 holds one repeated block at a time and all that is in none whole. Without them under
+With CUDA graphs stage 1 has no bucket, and stage 3 holds one repeated block at a time and all that is in none whole. Otherwise under
 stage 3, and with offload, the whole gradient of a weight that is used several times is summed in two tensors: the largest weight's count
 as buckets. Optimizer offload moves gradient partitions and optimizer to the host and keeps there an fp32 gradient and a 16 bit copy of the
 partition; on its way a gradient exists once more, in fp32. All of it was compared with the peak of a tiny step on H200
-(tests/gpu/test_gpu_memory.py).
+(tests/gpu/test_gpu_memory.py), save for the two with CUDA graphs.
 Activations are not model states: `activation_bytes_per_token` bounds them.
 """
 
@@ -189,7 +190,7 @@ def _stage_3_by_blocks(case: _Case) -> Memory:
     """The shards, and beside them what is in no repeated block, whole. In backward one block is whole, with its gradients, those once more
     in the ranks' pieces, and their sum, beside the other gradients of what is in none; these are summed at the end. At the step the
     gradients exist once more in fp32."""
-    shards = trained = rest = rest_trained = 0
+    shards = trained = rest = rest_gradients = rest_sum = 0
     blocks: dict[int, int] = {}
     for parameter in case.facts.parameters:
         shard = -(-parameter.numel // case.world_size)
@@ -200,8 +201,9 @@ def _stage_3_by_blocks(case: _Case) -> Memory:
             blocks[parameter.block] = blocks.get(parameter.block, 0) + in_backward
         else:
             rest += parameter.numel
-            rest_trained += (2 * parameter.numel + shard) * parameter.trainable
-    passing = case.width * max(rest_trained // 2 + max(blocks.values(), default=0), rest_trained)
+            rest_gradients += parameter.numel * parameter.trainable
+            rest_sum += shard * parameter.trainable
+    passing = case.width * max(rest_gradients + max(blocks.values(), default=0), 2 * rest_gradients + rest_sum)
     device = _by_category(case.width * (shards + rest) + case.facts.buffer_bytes, case.width * trained, 12 * trained, passing)
     return Memory(device, _by_category(), sum(device.values()) - passing + case.fp32_copy * trained)
 

@@ -364,8 +364,8 @@ def _room(memory_bytes: int, memory: Memory) -> int:
 
 
 def _faster_stage(zero: ZeroConfig, fits: tuple[Fit, ...], hardware: Hardware) -> tuple[str, ...]:
-    """Stages 2 and 3 and offload pay for memory with time, which a model can save whose states leave half of it free without them."""
-    saves_memory = zero.stage > 1 or zero.offload_optimizer or zero.offload_param
+    """Stage 3 and offload pay for memory with time, which a model can save whose states leave half of it free without them."""
+    saves_memory = zero.stage == 3 or zero.offload_optimizer
     if not saves_memory or not any(fit.name == FASTEST and fit.fits and 2 * fit.device <= (hardware.memory_bytes or 0) for fit in fits):
         return ()
     return (f"{FASTEST} leaves half of the memory free here, and takes less time a step than {zero.name}, which pays for memory with it",)

@@ -238,19 +238,14 @@ class Engine:
         if self.plan.zero_stage == 3:
             for hook in (self.ds.module_forward_pre_hook, self.ds.module_forward_post_hook):  # they watch who reads which parameter
                 hook.remove()
-            self.flat, self.called = FlatZero3(module, optimizer, max_norm), module
-            self.graphs = Graphs(self.flat, module, self._watched_sum_loss, self.device, say)
+            self.flat = by_blocks = FlatZero3(module, optimizer, max_norm)
+            self.called = module
+            self.graphs = Graphs(by_blocks, module, lambda *asked: by_blocks.watched(self._sum_loss(*asked)), self.device, say)
             return
         gradients = FixedGradients(module, optimizer.bit16_groups_flat if self.plan.zero_stage == 1 else ())
         self.graphs = Graphs(gradients, Twin(module, gradients.twins), self._sum_loss, self.device, say)
         if self.plan.zero_stage == 1:
             self.flat = FlatZero1(optimizer, gradients.flats, max_norm)
-
-    def _watched_sum_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
-        loss = self._sum_loss(model, batch)
-        if isinstance(self.flat, FlatZero3):
-            self.flat.watch(loss)
-        return loss
 
     def _sum_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         kernels = self.loss_kernels if torch.is_grad_enabled() else IN_CHUNKS

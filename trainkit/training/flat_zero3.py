@@ -1,10 +1,9 @@
 """ZeRO stage 3 by whole blocks, with nothing in forward and backward that waits for Python, so that CUDA graphs can hold them.
 
-DeepSpeed gathers and releases module by module, in hooks that count in Python and wait for events, which for T5-large takes ten times as
-long as the GPU's work. Here each of the model's repeated blocks is a unit: one launch gathers its parameters before its forward, and again
-before its backward, and one sums its gradients over the ranks as soon as the backward of the unit before it begins. What is in no block
-(embeddings, last norms, a head) stays whole. What DeepSpeed has built stays in use: the shards of parameters and gradients, the fp32
-weights, AdamW and its states.
+DeepSpeed gathers and releases module by module, in hooks that count in Python and wait for events, so a GPU waits for Python. Here each of
+the model's repeated blocks is a unit: one launch gathers its parameters before its forward, and again before its backward, and one sums its
+gradients over the ranks as soon as the backward of the unit before it begins. What is in no block (embeddings, last norms, a head) stays
+whole. What DeepSpeed has built stays in use: the shards of parameters and gradients, the fp32 weights, AdamW and its states.
 
 Which collectives run, and in which order, depends on the model alone: ranks may have other shapes, and one may run as it is while another
 replays a graph.
@@ -67,10 +66,11 @@ class FlatZero3:
             self.flats[0].zero_()
             self.taken = False
 
-    def watch(self, loss: torch.Tensor) -> None:
-        """Have the gradients of this loss's backward summed, those of what is in no block at its end."""
+    def watched(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, whose backward has the gradients summed, those of what is in no block at its end."""
         if loss.requires_grad:
             loss.register_hook(lambda gradient: torch.autograd.Variable._execution_engine.queue_callback(self._end_backward))
+        return loss
 
     def gather_rest(self) -> None:
         """Make what is in no block whole, after shards were written. All ranks must call it."""
