@@ -140,6 +140,14 @@ def test_a_block_that_runs_twice_is_refused() -> None:
         model(ids(0))
 
 
+def test_a_block_whose_output_hides_its_tensors_is_refused() -> None:
+    model = Model()
+    sharded(model)
+    model.blocks[1].register_forward_hook(lambda module, inputs, outputs: SimpleNamespace(hidden=outputs[0]), prepend=True)
+    with pytest.raises(TrainingError, match=r"returns a SimpleNamespace.*Write model.cuda_graphs: false"):
+        model(ids(0))
+
+
 def test_what_an_error_left_half_done_is_forgotten() -> None:
     model, again = Model(), Model()
     flat, expected = sharded(model), sharded(again)

@@ -215,7 +215,8 @@ def test_what_the_user_wrote_stands() -> None:
     assert section["stage3_max_live_parameters"] == -(-t5_large().num_parameters // 4)
     assert plan.ds_config["prescale_gradients"] is True
     assert "steps_per_print" not in plan.ds_config and any("steps_per_print" in note for note in plan.notes)
-    assert plan.memory is not None and plan.memory.device["buckets"] >= 2 * 5e8
+    plain = plan.memory_without_graphs
+    assert plain is not None and plain.device["buckets"] >= 2 * 5e8
 
 
 def test_clipping_off_and_fp32_are_explicit() -> None:
@@ -329,9 +330,7 @@ def test_cuda_graphs_keep_the_gradients_where_they_are() -> None:
 def test_cuda_graphs_are_made_where_they_can_be_and_memory_allows() -> None:
     gpus = {"num_workers": 2, "use_gpu": True}
     made = [zero for zero in ("zero0", "zero1", "zero2", "zero3") if plan_of(zero, gpu(139), scaling=gpus).cuda_graphs]
-    assert made == ["zero0", "zero1"]
-    asked = plan_of("zero3", gpu(139), scaling=gpus, model={"path": "t5", "task": "seq2seq", "cuda_graphs": True})
-    assert asked.cuda_graphs and "on request" in str(plan_of("zero3", gpu(139), scaling=gpus).no_graphs)
+    assert made == ["zero0", "zero1", "zero3"]
     assert not plan_of("zero1", gpu(139), scaling=gpus, train={"epochs": 1, "deterministic": True}).cuda_graphs
     plan = plan_of("zero1", gpu(48), scaling=gpus)
     few, many = known_from(plan, 1), known_from(plan, 12)

@@ -256,10 +256,7 @@ def _what_keeps_graphs_away(
     if recipe.model.cuda_graphs is False:
         return "the recipe wants none"
     if recipe.model.cuda_graphs is None:
-        reasons |= {
-            "train.deterministic is true, and nobody asked for them": recipe.train.deterministic,
-            "under ZeRO-3 they are made on request, with model.cuda_graphs: true": zero.stage == 3,
-        }
+        reasons["train.deterministic is true, and nobody asked for them"] = recipe.train.deterministic
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 

@@ -51,7 +51,7 @@ class Model(Section):
     )
     cuda_graphs: bool | None = Field(
         None,
-        description="Forward and backward as two CUDA graphs a shape, under ZeRO-0, 1 and 3; null: under 0 and 1, where they can be made.",
+        description="Forward and backward as two CUDA graphs a shape, under ZeRO-0, 1 and 3; null: where they can be made.",
     )
     lora: Lora | None = Field(None, description="Train low-rank matrices only; null trains all parameters.")
 

@@ -126,7 +126,9 @@ class FlatZero3:
                     "a block of this model runs twice in a forward, which CUDA graphs under ZeRO-3 do not know. "
                     "Write model.cuda_graphs: false"
                 )
-            unit.given = {id(tensor): tensor._version for tensor in _tensors((*inputs, *named_inputs.values()))}
+            given = list(_tensors((*inputs, *named_inputs.values())))
+            unit.given = {id(tensor): tensor._version for tensor in given}
+            unit.expects_backward = bool(unit.trained) or any(tensor.requires_grad for tensor in given)
         unit.gather()
 
     def _after_forward(self, unit: _Unit, block: torch.nn.Module, inputs: Any, outputs: Any) -> None:
@@ -135,6 +137,11 @@ class FlatZero3:
                 if tensor.requires_grad and unit.given.get(id(tensor)) != tensor._version:  # what is handed through is another block's
                     tensor.register_hook(lambda gradient: self._before_backward(unit))
                     unit.awaits_backward = True
+            if unit.expects_backward and not unit.awaits_backward:
+                raise TrainingError(
+                    f"a block of this model returns a {type(outputs).__name__}, in which CUDA graphs under ZeRO-3 find no tensors. "
+                    "Write model.cuda_graphs: false"
+                )
         unit.release()
 
     def _before_backward(self, unit: _Unit) -> None:
@@ -167,7 +174,7 @@ class _Unit:
         self.parameters, self.shards = parameters, [parameter.ds_tensor for parameter in parameters]
         self.trained = [(p, gradient_places[p]) for p in parameters if p.requires_grad]
         self.addresses = [shard.data_ptr() for shard in self.shards]
-        self.awaits_backward = False
+        self.awaits_backward = self.expects_backward = False
         self.given: dict[int, int] = {}  # tensors that came into forward, and how often they had been written to
         self.slots: list[torch.Tensor] = []
         self.wholes: list[torch.Tensor] = []
