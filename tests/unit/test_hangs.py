@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,6 +25,7 @@ from trainkit.cluster.hangs import (
     Stillness,
     Stillnesses,
     signs,
+    standing,
 )
 from trainkit.runs.folder import RunFolder
 
@@ -172,3 +176,25 @@ def test_a_heart_says_in_which_line_the_thread_stands(tmp_path: Path) -> None:
     assert signs(folder, 2) == [sign]
     folder.begin_attempt()
     assert signs(folder, 2) == []
+
+
+def test_a_thread_stands_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys, "_current_frames")  # under torch's compiler a process dies of them
+    waits = threading.Event()
+    code = compile("def all_reduce(event):\n    event.wait()\n", "/site/torch/distributed/distributed_c10d.py", "exec")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    threads = [threading.Thread(target=waits.wait), threading.Thread(target=lambda: names["all_reduce"](waits))]
+    for thread in threads:
+        thread.start()
+    while not standing(threads[1].ident or 0)[1]:
+        time.sleep(0.01)
+    plain, collective = (standing(thread.ident or 0) for thread in threads)
+    waits.set()
+    for thread in threads:
+        thread.join()
+    assert plain[0].partition("/")[2].startswith("threading.py:") and not plain[1], "all of it is Python's own library"
+    assert collective == ("distributed/distributed_c10d.py:2 in all_reduce", True)
+    assert standing(threads[0].ident or 0) == ("an unknown line", False), "it has ended"
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    assert standing(threading.get_ident()) == ("an unknown line", False)

@@ -7,15 +7,15 @@ fewest pieces of work: all ranks of a training do the same pieces in the same or
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import re
-import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 
 from trainkit.errors import TrainingError
 from trainkit.runs.files import write_whole
@@ -83,7 +83,7 @@ class Heart:
         beat = 0
         while True:
             beat += 1
-            sign = Sign(self.rank, beat, *self.place, *_standing(sys._current_frames().get(self.main)))
+            sign = Sign(self.rank, beat, *self.place, *standing(self.main))
             with contextlib.suppress(OSError):  # a disk that is full for a while is the checkpoints' business
                 write_whole(self.path, json.dumps(asdict(sign)), durable=False)
             if self.stopped.wait(BEAT_SECONDS):
@@ -167,21 +167,31 @@ class Stillnesses:
         return Stillness(behind, seconds, silent=False, hangs=seconds > limit and behind.in_step)
 
 
-def _standing(frame: FrameType | None) -> tuple[str, bool]:
+def standing(thread: int) -> tuple[str, bool]:
     """(the innermost line of a thread outside of Python's own library as "file:line in function", whether it waits in a collective)."""
-    frames = list(_stack(frame))
-    if not frames:
+    try:
+        lines = _stack(thread)
+    except OSError:  # no room for a temporary file
+        lines = []
+    if not lines:
         return "an unknown line", False
-    telling = next((it for it in frames if Path(it.f_code.co_filename).parent != _LIBRARY), frames[0])
-    line = f"{'/'.join(Path(telling.f_code.co_filename).parts[-2:])}:{telling.f_lineno} in {telling.f_code.co_name}"
-    return line, any(part in it.f_code.co_filename for it in frames for part in _WAITING_IN)
+    file, number, function = next((line for line in lines if Path(line[0]).parent != _LIBRARY), lines[0])
+    waits = any(part in file for file, _, _ in lines for part in _WAITING_IN)
+    return f"{'/'.join(Path(file).parts[-2:])}:{number} in {function}", waits
 
 
-def _stack(frame: FrameType | None) -> Iterator[FrameType]:
-    """Innermost first."""
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def _stack(thread: int) -> list[tuple[str, str, str]]:
+    """(file, line, function), innermost first.
+
+    By faulthandler, which reads the stack while no other thread runs. Frames that Python hands out (sys._current_frames) are held while
+    their thread goes on, which those of torch's compiler do not survive: the process dies of it.
+    """
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file.fileno(), all_threads=True)
+        file.seek(0)
+        threads = file.read().decode().split("\n\n")
+    heads = {int(head[1], 16): text for text in threads if (head := re.match(r"(?:Current t|T)hread 0x([0-9a-f]+)", text))}
+    return re.findall(r'^  File "(.*)", line (\S+) in (.*)$', heads.get(thread, ""), flags=re.M)
 
 
 def _kind(piece: str) -> str:
