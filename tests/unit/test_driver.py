@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +18,10 @@ from test_memory import recipe_of, t5_large
 from trainkit.cluster.capacity import Node
 from trainkit.cluster.decision import Decision
 from trainkit.cluster.driver import _Run
+from trainkit.cluster.job import Job, hand_over, train_loop
 from trainkit.cluster.launch import _feedings
 from trainkit.data.batches import Shape
+from trainkit.data.distributor import Distributors
 from trainkit.data.tokens import Prepared
 from trainkit.errors import CaptureError, OutOfMemory, TrainkitError
 from trainkit.planning.facts import DataFacts, Hardware
@@ -27,6 +31,7 @@ from trainkit.runs.folder import RunFolder
 from trainkit.units import GIB
 
 NODE = Node({"CPU": 8, "GPU": 2})
+PREPARED = Prepared(train="tokens/a", eval="tokens/b", label_names=None)
 FAILED = CaptureError("no CUDA graph can be made of forward and backward: operation not permitted")
 
 
@@ -36,7 +41,8 @@ def run_of(folder: Path, **model: Any) -> _Run:
     decision = Decision(recipe, make_plan(recipe, *facts), facts)
     console = Console(file=io.StringIO(), width=200)
     signals = MagicMock(taken=False)
-    return _Run(None, False, recipe, recipe, decision, decision.plan, RunFolder.create(folder, "t5"), console, signals, MagicMock(), False)
+    made = RunFolder.create(folder, "t5")
+    return _Run(None, False, recipe, recipe, decision, decision.plan, made, console, signals, MagicMock(), False, prepared=PREPARED)
 
 
 def told(run: _Run) -> str:
@@ -65,6 +71,31 @@ def test_graphs_that_were_asked_for_end_the_run(tmp_path: Path) -> None:
     assert run._plan_on([NODE]).cuda_graphs
 
 
+def test_what_fails_before_there_are_rows_is_not_tried_again(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run.prepared = None
+    failure = OSError(28, "No space left on device")
+    with pytest.raises(OSError) as raised:
+        run._restart_or_raise(failure, None)
+    assert raised.value is failure and not run.folder.failures() and not run.ungraphed
+
+
+def test_workers_that_are_started_early_wait_for_their_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path)
+    job = Job(run.recipe, run.plan, str(run.folder.path), PREPARED, None, Distributors("handle", {}), eval_steps=2)
+    worker = SimpleNamespace(run_worker=lambda job: job)
+    monkeypatch.setitem(sys.modules, "trainkit.cluster.worker", worker)
+    assert train_loop({"job": job}) is job
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(train_loop, {"job": run.folder.job})
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.3)
+        hand_over(job, run.folder.job)
+        assert waiting.result(timeout=30) == job
+    run.folder.begin_attempt()
+    assert not run.folder.job.exists(), "the next attempt's workers wait for their own"
+
+
 @pytest.mark.parametrize(
     ("sections", "joined"),
     [
@@ -78,8 +109,8 @@ def test_rows_to_train_on_are_padded_to_joint_shapes_where_graphs_may_be_made(se
     """Under all stages, and never those to evaluate."""
     recipe = recipe_of(**({"scaling": {"num_workers": 2}} | sections))
     plan = make_plan(recipe, read_zero("zero3"), None, DataFacts(100, 50), Hardware("cuda", "GPU", None))
-    asked: Any = SimpleNamespace(plan=plan, recipe=recipe, prepared=Prepared(train="tokens/a", eval="tokens/b", label_names=None))
-    assert {split: feeding.joined for split, feeding in _feedings(asked).items()} == {"train": joined, "eval": False}
+    asked: Any = SimpleNamespace(plan=plan, recipe=recipe)
+    assert {split: feeding.joined for split, feeding in _feedings(asked, PREPARED).items()} == {"train": joined, "eval": False}
 
 
 def test_a_note_is_said_once_whatever_restarts(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_pieces_take_from_the_end_of_the_one_before(folder: RunFolder, monkeypat
     for piece, at in ((startup.PLAN, 103.0), (startup.RAY, 110.5), (startup.WORKERS, 110.4)):  # clocks of two machines
         monkeypatch.setattr(time, "time", lambda at=at: at)
         startup.ended(folder, piece)
-    assert startup.startup_seconds(folder) == pytest.approx({"plan and rows": 3.0, "Ray": 7.5, "workers": 0.0})
+    assert startup.startup_seconds(folder) == pytest.approx({"plan": 3.0, "Ray": 7.5, "workers": 0.0})
 
 
 def test_a_new_attempt_counts_anew(folder: RunFolder) -> None:
@@ -28,4 +28,4 @@ def test_a_new_attempt_counts_anew(folder: RunFolder) -> None:
     startup.ended(folder, startup.PLAN)
     startup.begin(folder, time.time())
     startup.ended(folder, startup.PLAN)
-    assert startup.startup_seconds(folder)["plan and rows"] < 10
+    assert startup.startup_seconds(folder)["plan"] < 10

@@ -20,7 +20,7 @@ from trainkit.cluster.capacity import Node, workers_on
 from trainkit.cluster.decision import Decision
 from trainkit.cluster.faults import Allowed, Failure
 from trainkit.cluster.faults import decide as decide_what_to_do
-from trainkit.cluster.launch import Launch, launch
+from trainkit.cluster.launch import Launch, Ready, launch
 from trainkit.cluster.opening import opened
 from trainkit.cluster.progress import View, counter, display
 from trainkit.cluster.resume import untraced
@@ -98,6 +98,7 @@ class _Run:
     ungraphed: bool = False  # CUDA graphs, or the memory they take, have failed
     most_workers: int | None = None  # of the next attempt
     oom_kills: int = field(default_factory=hardware.oom_kills)  # before this attempt
+    prepared: Any = None  # the tokenized rows
     without_data: Plan = field(init=False)  # `plan` before the shapes of micro-batches were known
 
     def __post_init__(self) -> None:
@@ -111,20 +112,20 @@ class _Run:
         self.folder.write_environment(hardware.environment())
         self._say(f"run folder {self.folder.path}", "dim")
         try:
-            prepared = self._prepare()
             while True:
                 try:
-                    return self._attempt(prepared, checkpoint)
+                    return self._attempt(checkpoint)
                 except Exception as failure:
                     self._restart_or_raise(failure, checkpoint)
                 checkpoint = self._checkpoint()
         finally:
             self._first_weights_path.unlink(missing_ok=True)  # a whole model in fp32, of no use to anybody now
 
-    def _attempt(self, prepared: Any, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    def _attempt(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
         done = self.done = 0 if checkpoint is None else checkpoint.step
-        self._check_data(prepared, checkpoint)
         startup.begin(self.folder, time.time() if self.failures else self.worked.began)
+        if checkpoint is not None or self.address is not None:  # before workers take the cluster's processors
+            self._check_data(self._prepare(), checkpoint)
         attempt, self.oom_kills = self.folder.begin_attempt(done < self.plan.total_steps), hardware.oom_kills()
         for told in self.folder.keep_steps(done):
             self._say(told, "yellow")
@@ -138,8 +139,7 @@ class _Run:
             plan_on=self._plan_on,
             data_known=self._data_known,
             folder=self.folder,
-            prepared=prepared,
-            first_weights=self._first_weights(prepared) if checkpoint is None else None,
+            ready=lambda: Ready(self._prepare(), self._first_weights() if checkpoint is None else None),
             address=self.address,
             verbose=self.verbose,
             say=lambda text: self._say(text, "yellow"),
@@ -147,9 +147,12 @@ class _Run:
             checkpoint=checkpoint,
             worked=(self.worked.before, self.worked.began),
         )
+        startup.ended(self.folder, startup.PLAN)
         return launch(asked, display(self.console, self.verbose), self.signals, self._stopping)
 
     def _restart_or_raise(self, failure: Exception, checkpoint: Checkpoint | None) -> None:
+        if self.prepared is None:  # nothing was begun that could go on
+            raise failure
         error = _cause(failure, self)
         steps = self.folder.read_steps()
         began_at, ended_at = 0 if checkpoint is None else checkpoint.step, steps[-1]["step"] if steps else 0
@@ -248,6 +251,8 @@ class _Run:
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def _prepare(self) -> Any:
+        if self.prepared is not None:
+            return self.prepared
         from trainkit.data.tokens import prepare
 
         waits = "waiting for another run, which tokenizes the same rows,"
@@ -257,6 +262,7 @@ class _Run:
             )
         for note in prepared.notes:
             self._say(note, "yellow")
+        self.prepared = prepared
         return prepared
 
     def _spread(self) -> Any:
@@ -272,10 +278,10 @@ class _Run:
         with environment(settings), ray_session(self.address, settings, self.verbose, self.signals):
             yield
 
-    def _first_weights(self, prepared: Any) -> Path | None:
+    def _first_weights(self) -> Path | None:
         from trainkit.training.model import write_first_weights
 
-        return write_first_weights(self.recipe, self._first_weights_path, prepared.label_names)
+        return write_first_weights(self.recipe, self._first_weights_path, self._prepare().label_names)
 
     @property
     def _first_weights_path(self) -> Path:

@@ -1,8 +1,8 @@
 """Plan to TorchTrainer: check that the workers fit the cluster, run them, bring back rank 0's outcome.
 
-`fit` runs in a thread of its own, because in the main thread it installs a SIGINT handler that aborts; the main thread watches the run
-folder and takes the signals. Ray retries nothing, neither workers nor its own start of them: there is one owner of retries, and it is not
-Ray.
+`fit` runs in a thread of its own, because in the main thread it installs a SIGINT handler that aborts; the main thread makes what the
+workers wait for, watches the run folder and takes the signals. Ray retries nothing, neither workers nor its own start of them: there is one
+owner of retries, and it is not Ray.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit.cluster.capacity import Node, worker_nodes, worker_resources
 from trainkit.cluster.hangs import Stillnesses, signs
+from trainkit.cluster.job import Job, hand_over, train_loop
 from trainkit.cluster.progress import Display, View, Watch
 from trainkit.cluster.session import (
     check_head,
@@ -49,16 +50,23 @@ _TELL_SECONDS = 2.0  # for all actors together
 
 
 @dataclass(frozen=True)
+class Ready:
+    """What the workers begin with: the tokenized rows, and where the first weights lie, drawn or loaded; None with a checkpoint."""
+
+    prepared: Prepared
+    first_weights: Path | None
+
+
+@dataclass(frozen=True)
 class Launch:
-    """All that a run needs once its rows are tokenized and its first weights are drawn."""
+    """All that an attempt needs."""
 
     recipe: Recipe
     plan: Plan  # for as many workers as there can be
     plan_on: Callable[[Sequence[Node]], Plan]  # for the nodes that there are; raises CapacityError if they are too few
     data_known: Callable[[Plan, Mapping[Shape, int], int], Plan]  # with how often each shape occurs in so many steps
     folder: RunFolder
-    prepared: Prepared
-    first_weights: Path | None
+    ready: Callable[[], Ready]  # makes it
     address: str | None  # of an existing cluster; None starts a local Ray
     verbose: bool
     say: Callable[[str], None]  # to the person who waits
@@ -70,25 +78,22 @@ class Launch:
 def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[], None]) -> dict[str, Any]:
     """Run the workers to their end; returns rank 0's outcome. `stop` is called on the first signal while they train.
 
-    Raises CapacityError before anything starts, UsageError if no cluster answers at the address, and whatever `fit` raises.
+    Raises CapacityError before anything starts, UsageError if no cluster answers at the address, what `ready` raises, and whatever `fit`
+    raises.
     """
-    startup.ended(asked.folder, startup.PLAN)
     settings = environment_settings(asked.recipe, local=asked.address is None)
     with environment(settings), _quiet(asked), ray_session(asked.address, settings, asked.verbose, signals) as nodes:
-        from trainkit.data.distributor import make_distributors
-
         startup.ended(asked.folder, startup.RAY)
         nodes = _enough(nodes, asked)
         asked = replace(asked, plan=asked.plan_on(nodes))
         nodes = worker_nodes(nodes, asked.recipe.scaling, asked.plan.world_size)
-        _build_operators(nodes, asked, display)
-        distributors = make_distributors(_feedings(asked), [node.id for node in nodes])
-        shapes = distributors.shapes("train", _first_step(asked), _STEPS_LOOKED_AT)
-        asked = replace(asked, plan=asked.data_known(asked.plan, shapes, _STEPS_LOOKED_AT))
-        trainer = _trainer(asked, distributors)
+        waiting = _Fit(_trainer(asked, asked.folder.job)) if asked.address is None else None
+        asked, job = _job(asked, nodes, display)
+        hand_over(job, asked.folder.job)
+        fit = _Fit(_trainer(asked, job)) if waiting is None else waiting
         startup.ended(asked.folder, startup.DATA)
-        with signals.softly(stop), _ranks_told(asked, distributors):
-            return _fit(trainer, asked, display)
+        with signals.softly(stop), _ranks_told(asked, job.distributors):
+            return fit.watched(asked, display)
 
 
 @contextlib.contextmanager
@@ -194,15 +199,14 @@ def _tell_ranks(asked: Launch, distributors: Distributors) -> None:
         )
 
 
-def _trainer(asked: Launch, distributors: Distributors) -> Any:
+def _trainer(asked: Launch, job: Job | Path) -> Any:
+    """job: or where it will lie."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from trainkit.cluster.worker import run_worker
-
     return TorchTrainer(
-        _on_worker(run_worker),
-        train_loop_config={"job": _job(asked, distributors)},
+        train_loop,
+        train_loop_config={"job": job},
         scaling_config=_scaling_config(asked),
         run_config=RunConfig(
             name=f"attempt-{asked.attempt}",
@@ -232,25 +236,25 @@ def _scaling_config(asked: Launch) -> Any:
         raise UsageError(f"scaling: Ray refuses it: {error}") from error
 
 
-def _on_worker(run_worker: Any) -> Any:
-    def train_loop(config: dict[str, Any]) -> Any:
-        return run_worker(config["job"])
+def _job(asked: Launch, nodes: Sequence[Node], display: Display) -> tuple[Launch, Job]:
+    """Makes all that the workers begin with; returns it, and the launch with the plan that the data's micro-batches led to."""
+    from trainkit.data.distributor import make_distributors
 
-    return train_loop
-
-
-def _job(asked: Launch, distributors: Distributors) -> Any:
-    from trainkit.cluster.worker import Job
-
+    ready = asked.ready()
+    startup.ended(asked.folder, startup.ROWS)
+    _build_operators(nodes, asked, display)
+    distributors = make_distributors(_feedings(asked, ready.prepared), [node.id for node in nodes])
+    shapes = distributors.shapes("train", _first_step(asked), _STEPS_LOOKED_AT)
+    asked = replace(asked, plan=asked.data_known(asked.plan, shapes, _STEPS_LOOKED_AT))
     eval_rows = asked.plan.eval_rows or 0
-    return Job(
+    return asked, Job(
         recipe=asked.recipe,
         plan=asked.plan,
         run_folder=str(asked.folder.path),
-        prepared=asked.prepared,
-        first_weights=None if asked.first_weights is None else str(asked.first_weights),
+        prepared=ready.prepared,
+        first_weights=None if ready.first_weights is None else str(ready.first_weights),
         distributors=distributors,
-        eval_steps=-(-eval_rows // asked.plan.samples_per_step) if asked.prepared.eval is not None else 0,
+        eval_steps=-(-eval_rows // asked.plan.samples_per_step) if ready.prepared.eval is not None else 0,
         attempt=asked.attempt,
         checkpoint=asked.checkpoint,
         worked_seconds=asked.worked[0],
@@ -258,12 +262,12 @@ def _job(asked: Launch, distributors: Distributors) -> Any:
     )
 
 
-def _feedings(asked: Launch) -> dict[str, Any]:
+def _feedings(asked: Launch, prepared: Prepared) -> dict[str, Any]:
     from trainkit.data.batches import Budget
     from trainkit.data.distributor import Feeding
     from trainkit.data.encoding import limits
 
-    plan, prepared = asked.plan, asked.prepared
+    plan = asked.plan
     budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
     splits = {"train": (prepared.train, True, joins_shapes(asked.recipe)), "eval": (prepared.eval, False, False)}
     task, seed, data = asked.recipe.model.task, asked.recipe.train.seed, asked.recipe.data
@@ -275,37 +279,44 @@ def _feedings(asked: Launch) -> dict[str, Any]:
     }
 
 
-def _fit(trainer: Any, asked: Launch, display: Display) -> dict[str, Any]:
-    ended = threading.Event()
-    result: list[Any] = []
+class _Fit:
+    """`TorchTrainer.fit` in a thread of its own."""
 
-    def fit() -> None:
+    def __init__(self, trainer: Any):
+        self.trainer, self.ended = trainer, threading.Event()
+        self.result: list[Any] = []
+        threading.Thread(target=self._fit, name="fit", daemon=True).start()
+
+    def _fit(self) -> None:
         try:
-            result.append(trainer.fit().return_value)
+            self.result.append(self.trainer.fit().return_value)
         except BaseException as error:
-            result.append(error)
+            self.result.append(error)
         finally:
-            ended.set()
+            self.ended.set()
 
-    threading.Thread(target=fit, name="fit", daemon=True).start()
-    from trainkit.cluster.causes import told_by_a_rank
+    def watched(self, asked: Launch, display: Display) -> dict[str, Any]:
+        """To its end; raises what it raises, and the TrainingError of a rank that hangs."""
+        from trainkit.cluster.causes import told_by_a_rank
 
-    watch, head, notices = Watch(asked.folder, asked.plan.total_steps, by_rank=asked.verbose), head_processes(), _Notices(asked)
-    stillnesses = Stillnesses(asked.plan.world_size, lambda: signs(asked.folder, asked.plan.world_size))
-    with display:
-        while not ended.wait(_LOOK_SECONDS):
-            still = stillnesses.look()
-            if still is not None and still.hangs:
-                raise told_by_a_rank(asked.folder) or still.error()
-            display.show(watch.look() if still is None else View(f"{still.text()},", still.seconds))
-            check_head(head)
-            notices.look()
-            if note := asked.folder.take_note():
-                asked.say(note)
-        display.show(watch.look())
-    if isinstance(result[0], BaseException):
-        raise result[0]
-    return result[0]
+        watch, head, notices = Watch(asked.folder, asked.plan.total_steps, by_rank=asked.verbose), head_processes(), _Notices(asked)
+        stillnesses = Stillnesses(asked.plan.world_size, lambda: signs(asked.folder, asked.plan.world_size))
+        with display:
+            while not self.ended.wait(_LOOK_SECONDS):
+                still = stillnesses.look()
+                if still is not None and still.hangs:
+                    raise told_by_a_rank(asked.folder) or still.error()
+                display.show(watch.look() if still is None else View(f"{still.text()},", still.seconds))
+                check_head(head)
+                notices.look()
+                if note := asked.folder.take_note():
+                    asked.say(note)
+            display.show(watch.look())
+        (result,) = self.result
+        if isinstance(result, BaseException):
+            raise result
+        outcome: dict[str, Any] = result
+        return outcome
 
 
 class _Notices:

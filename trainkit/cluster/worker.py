@@ -10,7 +10,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,24 @@ import torch.distributed as dist
 
 from trainkit.cluster.hangs import Heart
 from trainkit.cluster.hardware import worker_device
+from trainkit.cluster.job import Job
 from trainkit.data.batches import Shape
-from trainkit.data.distributor import Distributors, said
+from trainkit.data.distributor import said
 from trainkit.data.encoding import DEFAULT_LENGTH
 from trainkit.data.feed import CALL_BYTES, Feed, MicroBatch, Padding, Source, moved
 from trainkit.data.order import chain, epoch_of_step
-from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer
+from trainkit.data.tokens import TokenArrays, load_tokenizer
 from trainkit.data.wire import WireCall
 from trainkit.errors import OutOfMemory, TrainingError
 from trainkit.inference.evaluate import evaluate_loss, evaluate_metrics
 from trainkit.inference.export import export_model, link_model
 from trainkit.inference.predict import Rank, load_plain
 from trainkit.markup import plain
-from trainkit.planning.planner import Plan, check_precision
+from trainkit.planning.planner import check_precision
 from trainkit.planning.show import plan_text
 from trainkit.recipe.reader import recipe_to_yaml
-from trainkit.recipe.schema import Recipe
 from trainkit.runs import checkpoints, startup
-from trainkit.runs.checkpoints import Checkpoint, sha256
+from trainkit.runs.checkpoints import sha256
 from trainkit.runs.copying import Copier, NoCopier
 from trainkit.runs.files import Lock
 from trainkit.runs.folder import PREDECESSOR_SECONDS, RunFolder, StepLog
@@ -57,23 +57,6 @@ _ANSWER_SECONDS = 5
 _EVALUATING = "evaluating"
 _RANKS_SECONDS = 1.0  # between two writes of what each rank measured
 _COPY_SECONDS = 1.0  # between two looks at the copy of the last checkpoint
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a worker needs; it travels by pickle."""
-
-    recipe: Recipe
-    plan: Plan
-    run_folder: str
-    prepared: Prepared
-    first_weights: str | None
-    distributors: Distributors
-    eval_steps: int  # optimizer-step-sized pieces of the evaluation set; 0 without one
-    attempt: int = 1  # from 1: how often the group was started
-    checkpoint: Checkpoint | None = None  # to go on from
-    worked_seconds: float | None = 0.0  # of commands before this one; None: not known
-    began: float = field(default_factory=time.time)  # when this one began, in seconds since 1970
 
 
 def run_worker(job: Job) -> dict[str, Any] | None:

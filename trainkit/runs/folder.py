@@ -77,6 +77,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.ray = self.path / ".ray"
+        self.job = self.ray / "job.pickle"  # of the newest attempt, for workers of this machine (cluster/job.py)
 
     @classmethod
     def create(cls, storage_path: str | Path, stem: str, name: str | None = None, elsewhere: Iterable[str] = ()) -> RunFolder:
@@ -204,7 +205,7 @@ class RunFolder:
         shutil.rmtree(self.ray / "errors", ignore_errors=True)
         (self.ray / "errors").mkdir(parents=True)
         ranks = [self.ray / "ranks.json"] if steps_left else []
-        for old in [self.ray / "stop", self.ray / "save", self.ray / "phase", *ranks, *self.ray.glob("sign-*.json")]:
+        for old in [self.ray / "stop", self.ray / "save", self.ray / "phase", self.job, *ranks, *self.ray.glob("sign-*.json")]:
             old.unlink(missing_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)
         return 1 + sum(1 for _ in self.ray.glob("attempt-*"))

@@ -1,5 +1,6 @@
 """Where the time from a command to its first step went: driver and rank 0 note when a piece of it ends.
 
+On one machine workers start beside the pieces after Ray: theirs is what is left then.
 Of the newest attempt alone. Clocks of two machines may differ by a little; no piece takes less than nothing.
 """
 
@@ -12,7 +13,7 @@ import time
 from trainkit.runs.files import whole_lines
 from trainkit.runs.folder import RunFolder
 
-PLAN, RAY, DATA, WORKERS = "plan and rows", "Ray", "operators and data", "workers"
+PLAN, RAY, ROWS, DATA, WORKERS = "plan", "Ray", "rows and weights", "operators and feed", "workers"
 ENGINE, WARM_UP, FIRST_STEP = "model and engine", "warm-up", "first step"
 
 
