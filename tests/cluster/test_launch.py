@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs_under_test import ROOT, alive, environment, family, ranks, started, summary, wait_for_steps
+from runs_under_test import ROOT, alive, environment, family, planted_path, ranks, started, summary, wait_for_steps, waited_for
 
 from trainkit.runs.folder import RunFolder
 
@@ -90,6 +90,38 @@ def test_other_workers_and_stages_train_the_same(small_run: Finished, tmp_path: 
     assert [step["order"] for step in here] == [step["order"] for step in there]
     assert [step["loss"] for step in here] == pytest.approx([step["loss"] for step in there], rel=1e-6)
     assert (summary(folder)["world_size"], summary(folder)["zero_stage"]) == (workers, stage)
+
+
+def waits(process: psutil.Process) -> bool:
+    """Whether it has imported all it needs, which takes seconds, and does next to nothing now."""
+    before = process.cpu_times().user
+    time.sleep(1)
+    return 2 < before <= process.cpu_times().user < before + 0.2
+
+
+@pytest.mark.parametrize("end", ["a killed driver", "a killed worker", "Ctrl-C"])
+def test_workers_that_wait_for_their_rows_do_not_stay_behind(tmp_path: Path, end: str) -> None:
+    folder, rows = RunFolder(tmp_path / "it"), tmp_path / "rows"
+    one = [*SMALL, "--set", "scaling.num_workers=1"]
+    with started(tmp_path, one, PYTHONPATH=planted_path(), ROWS_WAIT_FOR=str(rows)) as process:
+        (worker,) = waited_for(lambda: [rank for rank in ranks(family(process)) if waits(rank)], seconds=120)
+        workers = family(process)
+        if end == "a killed driver":
+            process.kill()
+            waited_for(lambda: not alive(ranks(workers)), seconds=30)  # Ray's own agents take a minute
+            return
+        if end == "a killed worker":
+            worker.kill()
+            rows.touch()
+        else:
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert alive(workers) == []
+    assert "Traceback" not in err and (folder.path / "summary.json").exists()
+    if end == "Ctrl-C":
+        assert process.returncode == 130 and summary(folder)["status"] == "interrupted"
+    else:
+        assert process.returncode == 4 and "worker" in err
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

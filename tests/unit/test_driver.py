@@ -87,13 +87,13 @@ def test_workers_that_are_started_early_wait_for_their_job(tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "trainkit.cluster.worker", worker)
     assert train_loop({"job": job}) is job
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(train_loop, {"job": run.folder.job})
+        waiting = pool.submit(train_loop, {"job": run.folder.job(1)})
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.3)
-        hand_over(job, run.folder.job)
+        hand_over(job, run.folder.job(1))
         assert waiting.result(timeout=30) == job
     run.folder.begin_attempt()
-    assert not run.folder.job.exists(), "the next attempt's workers wait for their own"
+    assert not run.folder.job(1).exists(), "the next attempt's workers wait for their own"
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,15 @@ def test_a_block_whose_output_hides_its_tensors_is_refused() -> None:
         model(ids(0))
 
 
+def test_a_block_that_hands_its_input_through_is_none_of_its_business() -> None:
+    blocks = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+    model = Model()
+    model.handed_through = blocks
+    sharded(model)
+    hidden = torch.ones(3, requires_grad=True)
+    assert blocks[1](blocks[0](hidden)) is hidden
+
+
 def test_what_an_error_left_half_done_is_forgotten() -> None:
     model, again = Model(), Model()
     flat, expected = sharded(model), sharded(again)

@@ -16,10 +16,10 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def test_pieces_take_from_the_end_of_the_one_before(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     startup.begin(folder, 100.0)
-    for piece, at in ((startup.PLAN, 103.0), (startup.RAY, 110.5), (startup.WORKERS, 110.4)):  # clocks of two machines
+    for piece, at in ((startup.ROWS, 103.0), (startup.RAY, 110.5), (startup.ROWS, 112.5), (startup.WORKERS, 112.4)):  # two machines' clocks
         monkeypatch.setattr(time, "time", lambda at=at: at)
         startup.ended(folder, piece)
-    assert startup.startup_seconds(folder) == pytest.approx({"plan": 3.0, "Ray": 7.5, "workers": 0.0})
+    assert startup.startup_seconds(folder) == pytest.approx({"rows and weights": 3.0 + 2.0, "Ray": 7.5, "workers": 0.0})
 
 
 def test_a_new_attempt_counts_anew(folder: RunFolder) -> None:

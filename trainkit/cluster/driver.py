@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """Plan, train, export. Returns the summary of a completed run.
 
     Raises RecipeError, DataError, UsageError or CapacityError before anything starts, TrainingError or Interrupted from a run that did
-    not end well; its summary.json is written all the same.
+    not end well, DataError from rows that cannot be tokenized; its summary.json is written all the same.
     """
     began = time.monotonic()
     with Signals() as signals:
@@ -124,8 +124,10 @@ class _Run:
     def _attempt(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
         done = self.done = 0 if checkpoint is None else checkpoint.step
         startup.begin(self.folder, time.time() if self.failures else self.worked.began)
-        if checkpoint is not None or self.address is not None:  # before workers take the cluster's processors
+        startup.ended(self.folder, startup.PLAN)
+        if self.resumed or checkpoint is not None or self.address is not None:  # before steps are dropped, or a cluster's processors taken
             self._check_data(self._prepare(), checkpoint)
+            startup.ended(self.folder, startup.ROWS)
         attempt, self.oom_kills = self.folder.begin_attempt(done < self.plan.total_steps), hardware.oom_kills()
         for told in self.folder.keep_steps(done):
             self._say(told, "yellow")
@@ -139,7 +141,7 @@ class _Run:
             plan_on=self._plan_on,
             data_known=self._data_known,
             folder=self.folder,
-            ready=lambda: Ready(self._prepare(), self._first_weights() if checkpoint is None else None),
+            ready=lambda check: Ready(self._prepare(check), self._first_weights() if checkpoint is None else None),
             address=self.address,
             verbose=self.verbose,
             say=lambda text: self._say(text, "yellow"),
@@ -147,7 +149,6 @@ class _Run:
             checkpoint=checkpoint,
             worked=(self.worked.before, self.worked.began),
         )
-        startup.ended(self.folder, startup.PLAN)
         return launch(asked, display(self.console, self.verbose), self.signals, self._stopping)
 
     def _restart_or_raise(self, failure: Exception, checkpoint: Checkpoint | None) -> None:
@@ -250,16 +251,24 @@ class _Run:
     def _say(self, text: str, style: str) -> None:
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
-    def _prepare(self) -> Any:
+    def _prepare(self, check: Callable[[], None] = lambda: None) -> Any:
         if self.prepared is not None:
             return self.prepared
         from trainkit.data.tokens import prepare
 
         waits = "waiting for another run, which tokenizes the same rows,"
-        with display(self.console) as shown:
-            prepared = prepare(
-                self.recipe, counter(shown, "tokenizing", "row"), self._spread(), lambda seconds: shown.show(View(waits, seconds))
-            )
+        with display(self.console, self.address is not None or self.verbose) as shown:
+            show = counter(shown, "tokenizing", "row")
+
+            def count(done: int, total: int) -> None:
+                check()
+                show(done, total)
+
+            def wait(seconds: float) -> None:
+                check()
+                shown.show(View(waits, seconds))
+
+            prepared = prepare(self.recipe, count, self._spread(), wait)
         for note in prepared.notes:
             self._say(note, "yellow")
         self.prepared = prepared

@@ -181,7 +181,7 @@ def standing(thread: int) -> tuple[str, bool]:
 
 
 def _stack(thread: int) -> list[tuple[str, str, str]]:
-    """(file, line, function), innermost first.
+    """(file, line, function), innermost first; nothing of a thread after which 100 others were started.
 
     By faulthandler, which reads the stack while no other thread runs. Frames that Python hands out (sys._current_frames) are held while
     their thread goes on, which those of torch's compiler do not survive: the process dies of it.

@@ -27,6 +27,7 @@ from trainkit.cluster.session import (
     head_processes,
     living_nodes,
     ray_session,
+    undivided,
 )
 from trainkit.cluster.signals import Signals
 from trainkit.errors import CapacityError, UsageError
@@ -66,7 +67,7 @@ class Launch:
     plan_on: Callable[[Sequence[Node]], Plan]  # for the nodes that there are; raises CapacityError if they are too few
     data_known: Callable[[Plan, Mapping[Shape, int], int], Plan]  # with how often each shape occurs in so many steps
     folder: RunFolder
-    ready: Callable[[], Ready]  # makes it
+    ready: Callable[[Callable[[], None]], Ready]  # makes it, and calls what it is given now and then
     address: str | None  # of an existing cluster; None starts a local Ray
     verbose: bool
     say: Callable[[str], None]  # to the person who waits
@@ -87,11 +88,13 @@ def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[],
         nodes = _enough(nodes, asked)
         asked = replace(asked, plan=asked.plan_on(nodes))
         nodes = worker_nodes(nodes, asked.recipe.scaling, asked.plan.world_size)
-        waiting = _Fit(_trainer(asked, asked.folder.job)) if asked.address is None else None
-        asked, job = _job(asked, nodes, display)
-        hand_over(job, asked.folder.job)
-        fit = _Fit(_trainer(asked, job)) if waiting is None else waiting
+        early = asked.folder.job(asked.attempt) if asked.address is None else None
+        fit = None if early is None else _Fit(_trainer(asked, early))
+        asked, job = _job(asked, nodes, display, settings, (lambda: None) if fit is None else fit.check)
         startup.ended(asked.folder, startup.DATA)
+        if early is not None:
+            hand_over(job, early)
+        fit = fit or _Fit(_trainer(asked, job))
         with signals.softly(stop), _ranks_told(asked, job.distributors):
             return fit.watched(asked, display)
 
@@ -124,8 +127,8 @@ def _first_step(asked: Launch) -> int:
     return min(asked.plan.total_steps, 1 + (0 if asked.checkpoint is None else asked.checkpoint.step))
 
 
-def _build_operators(nodes: Sequence[Node], asked: Launch, display: Display) -> None:
-    """Compile what DeepSpeed will load, on every node where a worker can come to run, before workers wait for it.
+def _build_operators(nodes: Sequence[Node], asked: Launch, display: Display, check: Callable[[], None]) -> None:
+    """Compile what DeepSpeed will load, on every node where a worker can come to run, before a worker needs it.
 
     Raises UsageError, with the node's name, if that fails on one of them.
     """
@@ -147,6 +150,7 @@ def _build_operators(nodes: Sequence[Node], asked: Launch, display: Display) -> 
     with display:
         while waiting:
             display.show(View("preparing DeepSpeed's operators, compiled once per machine,", time.monotonic() - began))
+            check()
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_LOOK_SECONDS)
     for task, node in tasks.items():
         _check_built(task, node, names, _log(logs, node))
@@ -236,13 +240,18 @@ def _scaling_config(asked: Launch) -> Any:
         raise UsageError(f"scaling: Ray refuses it: {error}") from error
 
 
-def _job(asked: Launch, nodes: Sequence[Node], display: Display) -> tuple[Launch, Job]:
-    """Makes all that the workers begin with; returns it, and the launch with the plan that the data's micro-batches led to."""
+def _job(asked: Launch, nodes: Sequence[Node], display: Display, settings: dict[str, str], check: Callable[[], None]) -> tuple[Launch, Job]:
+    """Makes all that the workers begin with; returns it, and the launch with the plan that the data's micro-batches led to.
+
+    check: called now and then, raises what makes going on useless.
+    """
     from trainkit.data.distributor import make_distributors
 
-    ready = asked.ready()
+    with undivided(settings):
+        ready = asked.ready(check)
     startup.ended(asked.folder, startup.ROWS)
-    _build_operators(nodes, asked, display)
+    _build_operators(nodes, asked, display, check)
+    check()
     distributors = make_distributors(_feedings(asked, ready.prepared), [node.id for node in nodes])
     shapes = distributors.shapes("train", _first_step(asked), _STEPS_LOOKED_AT)
     asked = replace(asked, plan=asked.data_known(asked.plan, shapes, _STEPS_LOOKED_AT))
@@ -285,6 +294,7 @@ class _Fit:
     def __init__(self, trainer: Any):
         self.trainer, self.ended = trainer, threading.Event()
         self.result: list[Any] = []
+        self.head = head_processes()
         threading.Thread(target=self._fit, name="fit", daemon=True).start()
 
     def _fit(self) -> None:
@@ -295,11 +305,23 @@ class _Fit:
         finally:
             self.ended.set()
 
+    def check(self) -> None:
+        """Raises what ended the workers, or TrainingError when Ray itself was ended."""
+        check_head(self.head)
+        self.outcome()
+
+    def outcome(self) -> Any:
+        """What `fit` has returned, None as long as it has not; raises what it raised."""
+        result = self.result[0] if self.result else None
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
     def watched(self, asked: Launch, display: Display) -> dict[str, Any]:
         """To its end; raises what it raises, and the TrainingError of a rank that hangs."""
         from trainkit.cluster.causes import told_by_a_rank
 
-        watch, head, notices = Watch(asked.folder, asked.plan.total_steps, by_rank=asked.verbose), head_processes(), _Notices(asked)
+        watch, notices = Watch(asked.folder, asked.plan.total_steps, by_rank=asked.verbose), _Notices(asked)
         stillnesses = Stillnesses(asked.plan.world_size, lambda: signs(asked.folder, asked.plan.world_size))
         with display:
             while not self.ended.wait(_LOOK_SECONDS):
@@ -307,15 +329,12 @@ class _Fit:
                 if still is not None and still.hangs:
                     raise told_by_a_rank(asked.folder) or still.error()
                 display.show(watch.look() if still is None else View(f"{still.text()},", still.seconds))
-                check_head(head)
+                self.check()
                 notices.look()
                 if note := asked.folder.take_note():
                     asked.say(note)
             display.show(watch.look())
-        (result,) = self.result
-        if isinstance(result, BaseException):
-            raise result
-        outcome: dict[str, Any] = result
+        outcome: dict[str, Any] = self.outcome()
         return outcome
 
 

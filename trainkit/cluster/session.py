@@ -10,6 +10,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ from trainkit.recipe.schema import Recipe
 
 _OBJECT_STORE_BYTES = 512 * 2**20  # batches on their way are small; /dev/shm often is, too
 _PROBE_SECONDS = 5.0
+_SHARES = ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 _OWN_BIN = str(Path(sys.executable).parent)
 
 
@@ -58,6 +60,7 @@ def environment_settings(recipe: Recipe, local: bool) -> dict[str, str]:
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less: the driver itself looks for nodes that will go away
         "RAY_TRAIN_METRICS_ENABLED": "0",  # Ray's own dashboards are not started
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # no warning about GPUs that an actor without GPUs could see
+        "RAY_ENABLE_AUTO_CONNECT": "0",  # a call that comes after the end of a session starts no Ray of its own
     }
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
         settings["RAY_COLOR_PREFIX"] = "0"  # Ray colours the prefixes of workers' lines without asking where they go
@@ -102,6 +105,16 @@ def environment(settings: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
+@contextlib.contextmanager
+def undivided(settings: dict[str, str]) -> Iterator[None]:
+    """Take back, in this process, what makes a worker keep to its share of the processors: the driver tokenizes with all of them."""
+    shares = {name: os.environ.pop(name) for name in _SHARES if os.environ.get(name) == settings[name]}
+    try:
+        yield
+    finally:
+        os.environ.update(shares)
+
+
 def job_environment(settings: dict[str, str]) -> dict[str, str]:
     """What the processes of a joined cluster get: the user's value where there is one, ours elsewhere. Each node puts in its own PATH."""
     return {name: os.environ.get(name, value) for name, value in settings.items()} | {"PATH": f"{_OWN_BIN}{os.pathsep}${{PATH}}"}
@@ -112,6 +125,7 @@ def ray_session(address: str | None, settings: dict[str, str], verbose: bool, si
     """Ray, joined or started; gives its living nodes. At the end no process of ours stays behind."""
     import ray
 
+    resource_tracker.ensure_running()  # of Python's process pools: it lives as long as this process
     already = set(psutil.Process().children(recursive=True))
     try:
         if address is None:

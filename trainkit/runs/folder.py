@@ -77,7 +77,6 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.ray = self.path / ".ray"
-        self.job = self.ray / "job.pickle"  # of the newest attempt, for workers of this machine (cluster/job.py)
 
     @classmethod
     def create(cls, storage_path: str | Path, stem: str, name: str | None = None, elsewhere: Iterable[str] = ()) -> RunFolder:
@@ -204,11 +203,15 @@ class RunFolder:
         """
         shutil.rmtree(self.ray / "errors", ignore_errors=True)
         (self.ray / "errors").mkdir(parents=True)
-        ranks = [self.ray / "ranks.json"] if steps_left else []
-        for old in [self.ray / "stop", self.ray / "save", self.ray / "phase", self.job, *ranks, *self.ray.glob("sign-*.json")]:
+        names = ["stop", "save", "phase", "sign-*.json", "job-*", *(["ranks.json"] if steps_left else [])]
+        for old in itertools.chain.from_iterable(self.ray.glob(name) for name in names):
             old.unlink(missing_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)
         return 1 + sum(1 for _ in self.ray.glob("attempt-*"))
+
+    def job(self, attempt: int) -> Path:
+        """Where workers of this machine wait for what they are to do (cluster/job.py)."""
+        return self.ray / f"job-{attempt}.pickle"
 
     def append_failure(self, failure: Mapping[str, Any]) -> None:
         """How an attempt ended, of any command that worked on this run."""

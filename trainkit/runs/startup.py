@@ -28,6 +28,8 @@ def ended(folder: RunFolder, piece: str) -> None:
 
 
 def startup_seconds(folder: RunFolder) -> dict[str, float]:
-    """By piece, in order; those that ended."""
-    marks = whole_lines(folder.ray / "startup.jsonl")
-    return {mark["piece"]: max(0.0, mark["at"] - before["at"]) for before, mark in itertools.pairwise(marks)}
+    """By piece, in order; those that ended. A piece that ended more than once counts as often."""
+    marks, seconds = whole_lines(folder.ray / "startup.jsonl"), dict[str, float]()
+    for before, mark in itertools.pairwise(marks):
+        seconds[mark["piece"]] = seconds.get(mark["piece"], 0.0) + max(0.0, mark["at"] - before["at"])
+    return seconds

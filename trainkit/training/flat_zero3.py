@@ -128,16 +128,17 @@ class FlatZero3:
                 )
             given = list(_tensors((*inputs, *named_inputs.values())))
             unit.given = {id(tensor): tensor._version for tensor in given}
-            unit.expects_backward = bool(unit.trained) or any(tensor.requires_grad for tensor in given)
+            unit.expects_backward = bool(unit.trained) or (bool(unit.parameters) and any(t.requires_grad for t in given))
         unit.gather()
 
     def _after_forward(self, unit: _Unit, block: torch.nn.Module, inputs: Any, outputs: Any) -> None:
         if torch.is_grad_enabled():
-            for tensor in _tensors(outputs):
+            found = list(_tensors(outputs))
+            for tensor in found:
                 if tensor.requires_grad and unit.given.get(id(tensor)) != tensor._version:  # what is handed through is another block's
                     tensor.register_hook(lambda gradient: self._before_backward(unit))
                     unit.awaits_backward = True
-            if unit.expects_backward and not unit.awaits_backward:
+            if unit.expects_backward and not found:
                 raise TrainingError(
                     f"a block of this model returns a {type(outputs).__name__}, in which CUDA graphs under ZeRO-3 find no tensors. "
                     "Write model.cuda_graphs: false"

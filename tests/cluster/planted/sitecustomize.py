@@ -1,7 +1,8 @@
 """Faults that no signal makes, planted into the processes of a run: put this folder on PYTHONPATH.
 
 PLANTED="hang:1:12 oom:0:20" makes rank 1 stand still in step 12's update and rank 0 run out of memory in step 20's, once each; that is
-remembered in the folder PLANTED_DONE. HANG_SECONDS shortens what the driver waits.
+remembered in the folder PLANTED_DONE. HANG_SECONDS shortens what the driver waits. ROWS_WAIT_FOR is a file without which no row is
+tokenized.
 """
 
 import importlib.abc
@@ -42,12 +43,30 @@ def wait_less(hangs):
     hangs.PATIENCE = 2
 
 
-CHANGES = {"trainkit.training.engine": plant_faults, "trainkit.cluster.hangs": wait_less}
+def hold_rows(chunks):
+    import time
+
+    here = chunks.here
+
+    def held(encoder, firsts):
+        while not Path(os.environ["ROWS_WAIT_FOR"]).exists():
+            time.sleep(0.1)
+        return here(encoder, firsts)
+
+    chunks.here = held
+
+
+CHANGES = {
+    "PLANTED": {"trainkit.training.engine": plant_faults},
+    "HANG_SECONDS": {"trainkit.cluster.hangs": wait_less},
+    "ROWS_WAIT_FOR": {"trainkit.data.chunks": hold_rows},
+}
+PLANTED = {module: change for variable, changes in CHANGES.items() if variable in os.environ for module, change in changes.items()}
 
 
 class Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path, target=None):
-        if name not in CHANGES:
+        if name not in PLANTED:
             return None
         found = importlib.machinery.PathFinder.find_spec(name, path)
         self.loader, found.loader = found.loader, self
@@ -58,7 +77,7 @@ class Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module):
         self.loader.exec_module(module)
-        CHANGES[module.__name__](module)
+        PLANTED[module.__name__](module)
 
 
 sys.meta_path.insert(0, Planter())
