@@ -328,5 +328,5 @@ def test_a_resumed_run_tells_of_a_window_that_lies_behind_it(storage: Path, monk
     run.worked.began = 0.0
     run.folder.begin_attempt()
     for checkpoint in (Checkpoint(storage / "step-000001"), Checkpoint(storage / "step-000004")):
-        _Run._attempt(run, None, checkpoint)
+        _Run._attempt(run, checkpoint)
     assert [text for text in said if "train.profile" in text] == [untraced(recipe.train.profile, 4)]
