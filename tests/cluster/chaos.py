@@ -154,10 +154,10 @@ def all_ranks(run: Watched, fault: Fault) -> None:
     run.half_saves += is_saving(run.folder)
 
 
-def of_ray(name: str) -> Callable[[Watched, Fault], None]:
+def of_ray(name: str, number: signal.Signals) -> Callable[[Watched, Fault], None]:
     def strike(run: Watched, fault: Fault) -> None:
         (process,) = (process for process in run.members if process.name() == name)
-        process.kill()
+        process.send_signal(number)
 
     return strike
 
@@ -212,8 +212,10 @@ KINDS = {
     "SIGKILL another rank": Kind(another_rank),
     "SIGKILL the DataDistributor": Kind(distributor, restarts=False),
     "SIGKILL all ranks in a save": Kind(all_ranks, moment=saving),
-    "SIGKILL raylet": Kind(of_ray("raylet")),
-    "SIGKILL gcs_server": Kind(of_ray("gcs_server")),
+    "SIGKILL raylet": Kind(of_ray("raylet", signal.SIGKILL)),
+    "SIGTERM raylet": Kind(of_ray("raylet", signal.SIGTERM)),
+    "SIGKILL gcs_server": Kind(of_ray("gcs_server", signal.SIGKILL)),
+    "SIGTERM gcs_server": Kind(of_ray("gcs_server", signal.SIGTERM)),
     "SIGSTOP a rank": Kind(stand_still),
     "Ctrl-C, --resume": Kind(ctrl_c),
     "SIGKILL the command, --resume": Kind(command),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -65,12 +66,18 @@ def kill_in_a_save(folder: RunFolder, processes: list[psutil.Process]) -> None:
         worker.kill()
 
 
+def end_raylet(folder: RunFolder, processes: list[psutil.Process]) -> None:
+    """It signs off, and Ray ends a driver that owns anything in its object store."""
+    (raylet,) = (process for process in processes if process.name() == "raylet")
+    raylet.terminate()
+
+
 @pytest.mark.parametrize("zero", ["zero3", pytest.param("zero1", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow)])
 def test_killed_workers_change_nothing(undisturbed: Callable[[str], list[dict[str, Any]]], tmp_path: Path, zero: str) -> None:
-    """One rank, the other, and both in the middle of a save, with dropout."""
+    """One rank, the other, both in the middle of a save, and Ray itself, with dropout."""
     folder, told = RunFolder(tmp_path / "it"), 0
-    with started(tmp_path, [*RUN, "--set", f"zero={zero}"]) as process:
-        for steps, kill in ((10, kill_first), (20, kill_last), (30, kill_in_a_save)):
+    with started(tmp_path, [*RUN, "--set", f"zero={zero}", "--set", "run.max_failures=4"]) as process:
+        for steps, kill in ((10, kill_first), (20, kill_last), (30, kill_in_a_save), (40, end_raylet)):
             waited_for(lambda steps=steps: len(folder.read_steps()) >= steps and len(ranks(family(process))) == 2, seconds=100)
             kill(folder, family(process))
             told += 1
@@ -79,10 +86,15 @@ def test_killed_workers_change_nothing(undisturbed: Callable[[str], list[dict[st
         workers = family(process)
     assert process.returncode == 0, out + err
     assert trained(folder) == undisturbed(zero)
-    assert out.count("killed by a signal") == 3 and "restart 3 of at most 3" in out and "Traceback" not in out + err
+    assert (
+        out.count("killed by a signal") == 3
+        and re.search("a process of (the local )?Ray was ended", out)
+        and "restart 4 of at most 4" in out
+    )
+    assert "Traceback" not in out + err
     found = summary(folder)
-    assert (found["status"], found["restarts"], found["steps"]) == ("completed", 3, STEPS)
-    assert [failure["from_outside"] for failure in found["failures"]] == [True] * 3
+    assert (found["status"], found["restarts"], found["steps"]) == ("completed", 4, STEPS)
+    assert [failure["from_outside"] for failure in found["failures"]] == [True] * 4
     assert alive(workers) == [] and (folder.path / "model").is_dir()
     assert points(folder) == list(range(1, STEPS + 1)), "TensorBoard shows each step once"
     kept = checkpoints.complete(folder.path)

@@ -151,6 +151,14 @@ def test_a_controller_that_failed_is_ended_from_outside(folder: RunFolder) -> No
     assert first_cause(ControllerError(RuntimeError("lost")), folder, 2).facts["from_outside"]
 
 
+def test_a_controller_that_was_ended_is_told_in_a_sentence(folder: RunFolder) -> None:
+    died = ActorDiedError()
+    died.args = ("The actor died unexpectedly.\n\tpid: 4548\nThe actor is dead because its owner has died. Worker exit detail: crash",)
+    cause = first_cause(died, folder, 2)
+    assert cause.message.startswith("a process of Ray was ended from outside") and cause.facts["from_outside"] and cause.__cause__ is died
+    assert "pid" not in cause.message
+
+
 @pytest.mark.parametrize("by_ray", [True, False])
 def test_a_process_that_was_ended_for_want_of_host_memory_is_named_so(folder: RunFolder, by_ray: bool) -> None:
     """By Ray's monitor, which says so, or by the kernel, which counts."""

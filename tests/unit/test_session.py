@@ -1,14 +1,18 @@
-"""What a run sets in the environment gives way to what the user has set, also on the nodes of a joined cluster."""
+"""What a run sets in the environment gives way to what the user has set, also on the nodes of a joined cluster; the end of a local Ray."""
 
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from trainkit.cluster.session import environment, environment_settings, job_environment
+from trainkit.cluster.session import Head, environment, environment_settings, job_environment
+from trainkit.errors import TrainingError
 from trainkit.recipe.reader import read_recipe
 
 QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"
@@ -44,3 +48,21 @@ def test_workers_lines_have_colours_in_a_terminal_only(
 
 def test_each_node_keeps_its_own_path() -> None:
     assert job_environment({})["PATH"].endswith(":${PATH}")
+
+
+def test_a_head_is_well_while_its_processes_live_and_its_port_answers() -> None:
+    here = psutil.Process()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+        Head([here], address).check()
+        child = subprocess.Popen([sys.executable, "-c", ""])
+        process = psutil.Process(child.pid)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended and nobody has taken notice: a zombie
+        for _ in range(2):
+            with pytest.raises(TrainingError) as ended:
+                Head([here, process], address).check()
+            assert ended.value.facts["from_outside"]
+            child.wait()
+    with pytest.raises(TrainingError, match="was ended from outside"):
+        Head([here], address).check()
+    Head([], address).check()  # of a joined cluster: Ray itself finds out

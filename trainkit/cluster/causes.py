@@ -135,10 +135,15 @@ def _unknown(failure: BaseException, folder: RunFolder, world_size: int) -> Trai
             no_place=True,
         )
     of_ray = isinstance(failure, WorkerGroupError | ControllerError | RayError)
-    words = _full_disk(failure, folder) or ": ".join(filter(None, [type(failure).__name__, str(failure).strip()]))
-    error = TrainingError(words, from_outside=of_ray)
+    error = TrainingError(_words(failure, folder), from_outside=of_ray)
     error.__cause__ = failure
     return error
+
+
+def _words(failure: BaseException, folder: RunFolder) -> str:
+    if isinstance(failure, RayActorError):  # no rank's: Ray Train's controller, or the node on which it ran
+        return f"a process of Ray was ended from outside, and the run with it.\nRay says: {_ray_reason(failure)}"
+    return _full_disk(failure, folder) or ": ".join(filter(None, [type(failure).__name__, str(failure).strip()]))
 
 
 def _full_disk(failure: BaseException, folder: RunFolder) -> str | None:

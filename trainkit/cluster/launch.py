@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit.cluster.capacity import Node, worker_nodes, worker_resources
 from trainkit.cluster.hangs import Stillnesses, signs
-from trainkit.cluster.job import Job, hand_over, train_loop
+from trainkit.cluster.job import ByValue, Job, hand_over, train_loop
 from trainkit.cluster.progress import Display, View, Watch
 from trainkit.cluster.session import (
-    check_head,
+    Head,
     draining_nodes,
     environment,
     environment_settings,
-    head_processes,
     living_nodes,
     ray_session,
     undivided,
@@ -207,6 +206,9 @@ def _trainer(asked: Launch, job: Job | Path) -> Any:
     """job: or where it will lie."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api import data_parallel_trainer
+
+    data_parallel_trainer.ObjectRefWrapper = ByValue
 
     return TorchTrainer(
         train_loop,
@@ -294,7 +296,7 @@ class _Fit:
     def __init__(self, trainer: Any):
         self.trainer, self.ended = trainer, threading.Event()
         self.result: list[Any] = []
-        self.head = head_processes()
+        self.head = Head.found()
         threading.Thread(target=self._fit, name="fit", daemon=True).start()
 
     def _fit(self) -> None:
@@ -307,7 +309,7 @@ class _Fit:
 
     def check(self) -> None:
         """Raises what ended the workers, or TrainingError when Ray itself was ended."""
-        check_head(self.head)
+        self.head.check()
         self.outcome()
 
     def outcome(self) -> Any:

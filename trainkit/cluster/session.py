@@ -10,6 +10,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -182,16 +183,41 @@ def draining_nodes() -> set[str]:
     return set(ray._private.state.state.get_draining_nodes())
 
 
-def head_processes() -> list[psutil.Process]:
-    """The processes of a local Ray without which nothing goes on; none when a cluster was joined."""
-    return [process for process in psutil.Process().children() if process.name() in ("gcs_server", "raylet")]
+@dataclass(frozen=True)
+class Head:
+    """The processes of a local Ray without which nothing goes on, and where its gcs_server listens."""
 
+    processes: Sequence[psutil.Process]
+    address: tuple[str, int]
 
-def check_head(head: Sequence[psutil.Process]) -> None:
-    """Raises TrainingError when one has ended: Ray itself would wait a minute for it and then end this process."""
-    for process in head:
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+    @classmethod
+    def found(cls) -> Head:
+        """Of the Ray that this process has started; without processes when it has joined a cluster."""
+        import ray
+
+        processes = [process for process in psutil.Process().children() if process.name() in ("gcs_server", "raylet")]
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        return cls(processes, (host, int(port)))
+
+    def check(self) -> None:
+        """Raises TrainingError when one has ended, or answers no more: Ray itself would wait a minute for it and then end this process."""
+        if any(map(_ended, self.processes)) or (self.processes and _refuses(self.address)):
             raise TrainingError("a process of the local Ray was ended from outside, and the run with it", from_outside=True)
+
+
+def _ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def _refuses(address: tuple[str, int]) -> bool:
+    """As a gcs_server does that was told to end: it closes its port and, with workers connected, stays."""
+    try:
+        socket.create_connection(address, timeout=_PROBE_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # says nothing against it
+        pass
+    return False
 
 
 def end_processes(processes: Sequence[psutil.Process], seconds: float = 5) -> None:
