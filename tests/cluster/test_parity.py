@@ -158,7 +158,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     ]
     two += [case(f"{stage} apart compiled", f"zero={stage}", rows(6), "model.compile=blocks", apart=True) for stage in FLAT]
     two += [case(f"{stage} compiled", f"zero={stage}", rows(6), "model.compile=blocks") for stage in ("zero0", "zero1", "zero3")]
-    by_task = {"packed": ["data.packing=true"], "recomputed": ["model.gradient_checkpointing=true"], "lora": [lora]}
+    by_task = {"packed": ["data.packing=true"], "recomputed": ["model.gradient_checkpointing=true"], "lora": [lora],
+               "selective": ["model.gradient_checkpointing=selective"]}  # fmt: skip
     two += [
         case(f"{kind} compiled", "zero=zero2", rows(6), "model.compile=blocks", *keys, task="causal",
              **({"first_weights": str(lora_weights)} if kind == "lora" else {}))
@@ -223,7 +224,7 @@ def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
      *((f"{stage} lora apart", "plain lora") for stage in FLAT), *((f"{stage} apart unclipped", "plain unclipped") for stage in FLAT),
      *((f"{stage} apart compiled", "plain") for stage in FLAT),
      ("zero0 compiled", "plain"), ("zero1 compiled", "plain"), ("zero3 compiled", "plain"), ("packed compiled", "plain causal"),
-     ("recomputed compiled", "plain causal"), ("lora compiled", "plain lora")],
+     ("recomputed compiled", "plain causal"), ("selective compiled", "plain causal"), ("lora compiled", "plain lora")],
 )  # fmt: skip
 def test_every_kind_of_model_trains_as_torch_alone(results: Table, name: str, plain: str) -> None:
     loss, norm = difference(results[name], results[plain])

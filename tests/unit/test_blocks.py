@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from trainkit.training import blocks
-from trainkit.training.blocks import compile_blocks, repeated_blocks
+from trainkit.training.blocks import compile_blocks, let_compile, repeated_blocks
 
 T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -64,6 +64,51 @@ def test_all_blocks_share_one_compilation_and_any_number_of_rows(compiled: list[
     assert torch.equal(tower(torch.ones(3, 4, requires_grad=True)), before)
     assert len(compiled) == 1 and said == []
     assert set(tower.state_dict()) == set(Tower().state_dict())
+
+
+def test_few_shapes_are_compiled_for_their_sizes_and_others_run_as_they_are(compiled: list[str]) -> None:
+    tower = Tower()
+    expected = [tower(torch.ones(rows, 4)) for rows in (3, 5, 8)]
+    compile_blocks(tower, pytest.fail, exact=True)
+
+    def run(rows: int) -> torch.Tensor:
+        return tower(torch.ones(rows, 4, requires_grad=True))
+
+    try:
+        assert torch.equal(run(3), expected[0]) and torch.equal(run(5), expected[1])
+        assert len(compiled) == 2 and all("Sym" not in code for code in compiled), "each with its own sizes"
+        let_compile(False)
+        assert [torch.equal(run(rows), out) for rows, out in zip((3, 5, 8), expected, strict=True)] == [True] * 3 and len(compiled) == 2
+    finally:
+        let_compile(True)
+
+
+def test_selective_checkpointing_keeps_less_and_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BACKEND", "aot_eager_decomp_partition")  # the compiler's front end, which decides what is kept
+
+    def kept_and_gradients(selective: bool | None) -> tuple[int, list[torch.Tensor]]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        tower = Tower()
+        tower.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Sigmoid(), nn.Linear(16, 4)) for _ in range(2))
+        if selective is not None:
+            compile_blocks(tower, pytest.fail, selective=selective)
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = tower(torch.linspace(-1, 1, 512).view(128, 4).requires_grad_()).square().sum()
+        loss.backward()
+        found = [parameter.grad for parameter in tower.parameters()]
+        return sum(kept.values()), [gradient for gradient in found if gradient is not None]
+
+    (_, plain), (compiled, _), (selective, gradients) = map(kept_and_gradients, (None, False, True))
+    assert selective < 0.8 * compiled and len(gradients) == len(plain) == 8
+    for one, other in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_without_gradients_nothing_is_compiled(compiled: list[str]) -> None:

@@ -172,6 +172,7 @@ def test_checkpointing_keeps_less_and_fp32_more() -> None:
     facts = t5_large()
     plain = activation_bytes_per_token(facts, "bf16", False, 192)
     assert activation_bytes_per_token(facts, "bf16", True, 192) < plain / 4
+    assert 0.75 * plain < activation_bytes_per_token(facts, "bf16", "selective", 192) < 0.8 * plain, "logits are kept as they were"
     assert activation_bytes_per_token(facts, "fp32", False, 192) > 1.8 * plain
     assert activation_bytes_per_token(facts, "bf16", False, 1024) > plain, "scores grow with the row"
 

@@ -317,6 +317,28 @@ def test_a_run_with_graphs_is_compiled_where_that_pays() -> None:
     assert known_from(replace(plan, peak_flops=None), 60, 20, 16).compile_blocks
 
 
+def test_selective_checkpointing_is_asked_of_compiled_blocks() -> None:
+    plain, model = plan_of("zero3", gpu(139)), {"path": "t5", "task": "seq2seq", "gradient_checkpointing": "selective"}
+    plan = plan_of("zero3", gpu(139), model=model)
+    assert plan.compile_blocks and plan.selective_checkpointing and plan.cuda_graphs and not plain.selective_checkpointing
+    assert plan.activation_bytes_per_token is not None and plain.activation_bytes_per_token is not None
+    assert plan.activation_bytes_per_token < 0.8 * plain.activation_bytes_per_token
+    flops = TrainingFlops(2_100_000_000, 2_500_000_000, 0, 0, 0)
+    assert known_from(replace(plan, flops=flops, peak_flops=989e12), 60, 20, 16, model=model).compile_blocks, "however short the run is"
+
+
+def test_few_shapes_are_told_to_the_compiler() -> None:
+    plan = plan_of("zero1", gpu(139))
+    shapes = {(60, 20, 16): 9, (40, 32, 16): 2, (1, 90, 16): 1}
+
+    def known(plan: Plan, count: int) -> Plan:
+        return with_micro_batches(plan, recipe_of(), list(shapes.items())[:count], 6, plan.total_steps)
+
+    assert [known(plan, count).compile_exact for count in (1, 2, 3)] == [True, True, False]
+    assert not known(replace(plan, compile_blocks=False), 1).compile_exact
+    assert not known(replace(plan, offload_optimizer=True), 1).compile_exact, "nothing is run before its first step"
+
+
 def test_cuda_graphs_keep_the_gradients_where_they_are() -> None:
     model = {"path": "t5", "task": "seq2seq", "cuda_graphs": True}
     plan, without = (plan_of("zero1", gpu(139), scaling={"num_workers": 2}, model=m) for m in (model, model | {"cuda_graphs": False}))

@@ -159,6 +159,8 @@ def test_a_learning_rate_is_a_finite_positive_number(folder: Path, number: str) 
         (["model.task=classification", "data.source=['{a}']"], "exactly two templates, given 1"),
         (["data.packing=true"], "only for causal"),
         (["model.compile=blocks", "train.deterministic=true"], "another kernel each time"),
+        (["model.gradient_checkpointing=selective", "model.compile=false"], "compiled blocks, and model.compile: false has none"),
+        (["model.gradient_checkpointing=selective", "train.deterministic=true"], "train.deterministic: true has none"),
         (["data.packing=true", "model.task=causal", "model.attn_implementation=flash_attention_2"], "write sdpa or eager"),
         (["scaling.num_workers=[4, 1]"], "write the fewest and the most workers"),
         (["scaling.num_workers=[4]"], "write the fewest and the most workers"),

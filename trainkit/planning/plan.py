@@ -50,6 +50,8 @@ class Plan:
     memory_without_graphs: Memory | None = None  # the same, where CUDA graphs are planned and may be given up
     evaluates: bool = True
     compile_blocks: bool = False
+    selective_checkpointing: bool = False  # what compiled blocks can compute again at little cost is not kept for backward
+    compile_exact: bool = False  # for the few shapes that the run's micro-batches have, instead of for any
     cuda_graphs: bool = False
     no_graphs: str | None = None  # why there are none
     notes: tuple[str, ...] = ()

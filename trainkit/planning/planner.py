@@ -32,6 +32,7 @@ LENGTH_STEP = 8  # padded lengths are multiples of it, as in data/batches.py, wh
 ACTIVATION_SHARE = 0.8  # of what the model states leave free: the rest is the allocator's, the kernels' and the communicator's
 DEFAULT_LENGTH = 512
 UNCOMPILED_MFU = 0.15  # a GPU's, in the kernels of plain torch: T5-large on an H200
+COMPILED_SHAPES = 2  # at most, of which each has kernels of its own: those for any sizes take as long to compile as those for two
 COMPILED_FROM_SECONDS = 240  # of a run's work in those kernels: a compiler takes away a fifth to two fifths, and takes about a minute
 FASTEST = "zero1"  # of the shipped configurations, where it fits (benchmarks/RESULTS.md)
 GRAPHS_MEMORY = 1.4  # times the most that activations may take; twice what they took where it was measured
@@ -93,6 +94,7 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         memory=memory,
         memory_without_graphs=plain if no_graphs is None else None,
         compile_blocks=_compiles(recipe, zero),
+        selective_checkpointing=recipe.model.gradient_checkpointing == "selective",
         cuda_graphs=no_graphs is None,
         no_graphs=no_graphs,
         notes=_notes(recipe, zero, ds_config, batch, hardware) + _faster_stage(zero, fits, hardware),
@@ -112,7 +114,7 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
     uses: rows, source and target of each shape of micro-batches, and how often it occurs in so many steps, over all ranks.
     left: steps that are still to be trained. Micro-batches that are not captured need memory of their own beside the CUDA graphs': where
     both may not fit, there are none. With graphs a compiler saves work, not launches: a run that has too little of it would wait longer
-    for the compiler than it gains.
+    for the compiler than it gains. One that knows all sizes makes faster kernels in less time: it is told them where there are few shapes.
     """
     if plan.memory is None or plan.activation_bytes_per_token is None or not plan.use_gpu:
         return plan
@@ -130,7 +132,8 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
             notes.append(f"{both}: both may not fit")
     memory, compiles = plan.memory, plan.compile_blocks
     assert memory is not None
-    if compiles and plan.cuda_graphs and recipe.model.compile is None and plan.flops is not None and plan.peak_flops is not None:
+    asked = recipe.model.compile is not None or plan.selective_checkpointing
+    if compiles and plan.cuda_graphs and not asked and plan.flops is not None and plan.peak_flops is not None:
         work = sum(count * plan.flops.of(_work(*shape)) for shape, count in uses) / steps * left
         seconds = work / (UNCOMPILED_MFU * plan.peak_flops * plan.world_size)
         compiles = seconds >= COMPILED_FROM_SECONDS
@@ -141,6 +144,7 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
         expected_activation_bytes=activations,
         expected_peak_bytes=max(sum(memory.device.values()) + activations, memory.device_at_step),
         compile_blocks=compiles,
+        compile_exact=compiles and len(uses) <= COMPILED_SHAPES and not plan.offload_optimizer,
         notes=tuple(notes),
     )
 
@@ -225,9 +229,9 @@ def check_precision(recipe: Recipe, model: ModelFacts | None, hardware: Hardware
 
 def _compiles(recipe: Recipe, zero: ZeroConfig) -> bool:
     """The compiler times kernels and takes the fastest, which may be another one the next time: not with train.deterministic."""
-    if recipe.model.compile is None:
+    if recipe.model.compile is None and recipe.model.gradient_checkpointing != "selective":
         return recipe.scaling.use_gpu and zero.stage < 3 and not recipe.train.deterministic
-    return recipe.model.compile == "blocks"
+    return recipe.model.compile is not False
 
 
 def _what_keeps_graphs_away(
@@ -248,7 +252,7 @@ def _what_keeps_graphs_away(
         "compute_grad_norm leaves out the norm, which is computed there": section.get("compute_grad_norm") is False,
         "fp16 searches its loss scale on the host": recipe.model.precision == "fp16",
         "check_grad_overflow looks at the gradients on the host": bool(ds_config.get("bf16", {}).get("check_grad_overflow")),
-        "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing,
+        "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing is True,
         "data.packing reads the rows' borders on the host": recipe.data.packing,
         "transformers waits for the GPU to make a classification model's masks": recipe.model.task == "classification",
         "a model with experts or LayerDrop decides on the host what runs": model is not None and model.decides_on_host,
@@ -347,7 +351,7 @@ def _auto(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world
     tokens = -(-samples // k) * cost
     note = f"tokens_per_device: {tokens:,} tokens × {format_bytes(per_token)} of activations at most, into {format_bytes(room)}"
     if tokens * per_token > room:
-        note += ": one row alone may not fit; shorten max lengths or write model.gradient_checkpointing: true"
+        note += ": one row alone may not fit; shorten max lengths or write model.gradient_checkpointing: selective, or true"
     return _Batch(tokens, k, (note,))
 
 

@@ -195,6 +195,10 @@ def _packing(view: View) -> None:
 def _compiled(view: View) -> None:
     if view.value("model.compile") == "blocks" and view.value("train.deterministic") is True:
         view.fault("model.compile", "blocks beside train.deterministic: the compiler may take another kernel each time. Write false")
+    if view.value("model.gradient_checkpointing") == "selective":
+        because = "train.deterministic: true" if view.value("train.deterministic") is True else "model.compile: false"
+        if view.value("model.compile") is False or view.value("train.deterministic") is True:
+            view.fault("model.gradient_checkpointing", f"selective is done by compiled blocks, and {because} has none. Write true or false")
 
 
 def _resources(view: View) -> None:

@@ -44,7 +44,11 @@ class Model(Section):
         "bf16", description="Type of forward, backward and gradients; the optimizer keeps fp32 weights and states."
     )
     attn_implementation: str | None = Field(None, description="As in from_pretrained; null takes the fastest that the model supports.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, about a third more work.")
+    gradient_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="true: compute the activations again in backward: far less memory, about a third more work. "
+        "selective: compiled blocks keep what matrices need and compute the rest again: about a quarter less, for 3 % of the time.",
+    )
     compile: Literal["blocks", False] | None = Field(
         None,
         description="blocks: torch.compile of the repeated blocks; null: on a GPU under ZeRO stages 0 to 2, where the run is long enough.",

@@ -1,7 +1,7 @@
 """A model's repeated blocks: compiled once for all of them, and gathered whole under ZeRO-3. With them the loss.
 
 Compiling one block takes seconds, a whole model minutes; and the blocks are where the time goes, beside the passes over the logits. Sizes
-are dynamic: one compilation serves all shapes of micro-batches.
+are dynamic, one compilation serves all shapes of micro-batches, unless there are so few of them that each can have its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from trainkit.training.loss import IN_CHUNKS, Kernels, log_sums_and_losses, writ
 Function = Callable[..., Any]
 BACKEND = "inductor"
 _MOST_TOLD = 300  # letters of a compiler's message
+ALL_BUT_MATRICES = 0.99  # of what is kept for speed alone: the first that goes is what costs no multiplication of matrices
 RECOMPILES = 64  # first and other layers, encoder and decoder, one row or several; torch's own limit is 8
 
 
@@ -42,28 +43,37 @@ def _counted(module: torch.nn.Module) -> Counter[torch.nn.Parameter]:
     return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
-def compile_blocks(model: torch.nn.Module, say: Callable[[str], None]) -> Kernels:
+def compile_blocks(model: torch.nn.Module, say: Callable[[str], None], exact: bool = False, selective: bool = False) -> Kernels:
     """Compile the forward of each repeated block and the loss, at their first use; returns the loss's kernels.
+
+    exact: anew for each shape, as long as `let_compile` allows it. selective: backward has little kept for it but what matrices are
+    multiplied with, and what cannot be computed again from that at little cost.
 
     Only `forward`: hooks around a block, such as those of ZeRO-3, stay outside. Without gradients, in evaluation and generation, whose
     shapes never end, a block runs as it is; so does one that does not compile, and `say` is told so once.
     """
     torch._functorch.config.force_non_lazy_backward_lowering = True  # what does not compile shows in the forward, where there is a way back
+    torch._functorch.config.activation_memory_budget = ALL_BUT_MATRICES if selective else 1.0
     torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
-    blocks, loss = _Fallback("the model's blocks", say), _Fallback("the loss", say)
+    blocks, loss = _Fallback("the model's blocks", say, exact), _Fallback("the loss", say, exact)
     for block in repeated_blocks(model):
         block.forward = blocks.guarded(block.forward, block.forward, when=torch.is_grad_enabled)
     return Kernels(loss.guarded(log_sums_and_losses, IN_CHUNKS.forward), loss.guarded(write_gradient, IN_CHUNKS.backward))
 
 
+def let_compile(allowed: bool) -> None:
+    """Whether this process may still compile. What has been compiled stays in use; other shapes run as they are, and no step waits."""
+    torch.compiler.set_stance("default" if allowed else "eager_on_recompile")
+
+
 class _Fallback:
     """One for all functions of a kind: what one of them cannot, none can."""
 
-    def __init__(self, what: str, say: Callable[[str], None]):
-        self.what, self.say, self.failed = what, say, False
+    def __init__(self, what: str, say: Callable[[str], None], exact: bool):
+        self.what, self.say, self.exact, self.failed = what, say, exact, False
 
     def guarded(self, function: Function, otherwise: Function, when: Callable[[], bool] = lambda: True) -> Function:
-        compiled = torch.compile(function, dynamic=True, backend=BACKEND)
+        compiled = torch.compile(function, dynamic=not self.exact, backend=BACKEND)
 
         def compiled_function(*args: Any, **kwargs: Any) -> Any:
             if self.failed or not when():

@@ -68,7 +68,9 @@ class Engine:
                 deepspeed.utils.set_z3_leaf_module(block, True)
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=plan.ds_config, dist_init_required=False)
         self.trainable = trainable
-        self.loss_kernels = compile_blocks(self.ds.module, say) if plan.compile_blocks else IN_CHUNKS
+        self.loss_kernels = IN_CHUNKS
+        if plan.compile_blocks:
+            self.loss_kernels = compile_blocks(self.ds.module, say, exact=plan.compile_exact, selective=plan.selective_checkpointing)
         self.called = self.ds  # to run forward
         self.graphs: Graphs | None = None
         self.flat: FlatZero1 | FlatZero3 | None = None

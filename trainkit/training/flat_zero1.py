@@ -26,15 +26,18 @@ class FlatZero1:
     def reduce(self) -> None:
         """Sum this rank's partition of the gradients over the ranks."""
         for group, gradient in enumerate(self.gradients):
-            partition = torch.empty_like(self._weights(group))
-            dist.reduce_scatter_tensor(partition, gradient, group=self.optimizer.real_dp_process_group[group])
+            weights, ranks = self._weights(group), self.optimizer.real_dp_process_group[group]
+            if weights.shape == gradient.shape:  # one rank
+                self.reduced.append(gradient)
+                continue
+            partition = torch.empty_like(weights)
+            dist.reduce_scatter_tensor(partition, gradient, group=ranks)
             self.reduced.append(partition)
 
     def step(self) -> torch.Tensor:
         """AdamW on what was reduced; returns the global norm of the gradients before clipping, in fp32."""
         masters = self.optimizer.single_partition_of_fp32_groups
-        gradients = [partition.to(master.dtype) for partition, master in zip(self.reduced, masters, strict=True)]
-        self.reduced.clear()
+        gradients, self.reduced = self.reduced, []
 
         def write(group: int) -> None:
             weights = self._weights(group)
@@ -56,19 +59,17 @@ def clip_and_update(
 ) -> torch.Tensor:
     """AdamW on this rank's flat fp32 weights, one after the other; returns the global norm of the gradients before clipping, in fp32.
 
-    optimizer: DeepSpeed's. masters, gradients: of each of its groups, of the same shape and type; the gradients are overwritten.
+    optimizer: DeepSpeed's. masters, gradients: of each of its groups, of the same shape; gradients of the masters' type are overwritten.
     max_norm: 0 does not clip. write: carries a group's new weights to where forward sees them.
     """
-    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     squares = torch.stack(norms).double().square().sum()
     dist.all_reduce(squares, group=optimizer.dp_process_group)
     norm = squares.sqrt().float()
-    if max_norm > 0:
-        smaller = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ and DeepSpeed do
-        for gradient in gradients:
-            gradient.mul_(smaller)
+    clipping = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)  # as torch.nn.utils.clip_grad_norm_
     for group, (master, gradient) in enumerate(zip(masters, gradients, strict=True)):
-        master.grad = gradient
+        clipped = gradient if gradient.dtype == master.dtype else torch.empty_like(master)
+        master.grad = torch.mul(gradient, clipping.view(1), out=clipped)  # a factor with a dimension has its say in the product's type
         optimizer._optimizer_step(group)
         master.grad = None
         write(group)

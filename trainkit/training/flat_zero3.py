@@ -103,7 +103,7 @@ class FlatZero3:
         """AdamW on what was summed; returns the global norm of the gradients before clipping, in fp32."""
         masters = self.optimizer.fp32_partitioned_groups_flat
         sizes = [master.numel() for master in masters]
-        gradients = [part.to(master.dtype) for part, master in zip(self.flats[0].split(sizes), masters, strict=True)]
+        gradients = self.flats[0].split(sizes)
         shards = self.optimizer.fp16_partitioned_groups_flat
 
         def write(group: int) -> None:

@@ -259,7 +259,7 @@ def build_model(recipe: Recipe, first_weights: str | None, gathered: Gathered, l
     model = _add_lora(model, recipe)
     if first_weights is not None:
         _overlay(model, first_weights, gathered)
-    if recipe.model.gradient_checkpointing:
+    if recipe.model.gradient_checkpointing is True:
         base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
