@@ -4,13 +4,16 @@
 
 ours      trainkit's engine, feed and loop, in the torchrun process; recipe keys choose ZeRO stage, compilation and graphs
 ddp       the control: torch's DistributedDataParallel under bf16 autocast, fused AdamW, trainkit's micro-batches
+deepspeed DeepSpeed's engine as it is, with trainkit's micro-batches and configuration, and the keys of --config over it: for its machinery
+          that trainkit does not use. --coalesce reduces the gradients of a step at once
 hf        Hugging Face's Trainer with the recipe's ZeRO stage, as the reference experiment has it: rows padded to their full length,
           32 rows a device and accumulation up to the samples of a step
 hf-tuned  the same Trainer with rows grouped by length and padded to the longest of their batch, the whole share of a step in one
           micro-batch, and the bucket sizes that trainkit plans
 
 --full-rows trains rows that all have the recipe's full length. Time is taken over all steps between two waits for the GPU, so what a
-step leaves to the next one counts. MFU is of the real tokens (planning/flops.py), busy the share of time in which the GPU runs a kernel.
+step leaves to the next one counts. --evaluate begins with the weights of a run and adds the loss on the evaluation set at the end and,
+of trainkit, that of each step. MFU is of the real tokens (planning/flops.py), busy the share of time in which the GPU runs a kernel.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from trainkit.planning.flops import Work
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.zero import read_zero
 from trainkit.training import loop
+from trainkit.training.engine import Partitioning
 from trainkit.training.meters import StepRecord
 from trainkit.training.model import TASKS
 
@@ -57,7 +61,14 @@ class Clock:
         self.done, self.ticks, self.first_step = 0, list[float](), 0.0
         self.records: list[StepRecord] = []  # of trainkit's own loop
         self.graphs = 0  # that were made before its first step
+        self.evaluation: dict[str, Any] = {}
         self.trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if rank.device.type == "cuda" else None
+
+    def evaluate(self, engine: Any) -> None:
+        """At the end, where the rank has an evaluation set; engine: trainkit's, or a model like one."""
+        if self.rank.prepared.eval is not None:
+            self.evaluation = {"eval_loss": round(self.rank.evaluation_loss(engine), 5)}
+            self.evaluation |= {"losses": [round(record.loss, 5) for record in self.records]} if self.records else {}
 
     @property
     def total(self) -> int:
@@ -103,7 +114,23 @@ class Clock:
             found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
             found |= busy(self.trace)
-        return found
+        return found | self.evaluation
+
+
+class Plain:
+    """A model of torch's as `evaluate_loss` wants it."""
+
+    def __init__(self, model: torch.nn.Module, rank: Rank):
+        self.model, self.device, self.task = model, rank.device, TASKS[rank.recipe.model.task]
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.model.eval()
+        with torch.no_grad():
+            yield
+
+    def sum_loss(self, micro: Any) -> torch.Tensor:
+        return self.task.sum_loss(self.task.logits(self.model, micro), micro.labels)
 
 
 def busy(trace: Any) -> dict[str, float]:
@@ -154,6 +181,7 @@ def ours(rank: Rank, clock: Clock) -> None:
     )
     loop.train(engine, feed, until, rank.recipe, around)
     feed.close()
+    clock.evaluate(engine)
 
 
 def ddp(rank: Rank, clock: Clock) -> None:
@@ -172,6 +200,34 @@ def ddp(rank: Rank, clock: Clock) -> None:
         optimizer.zero_grad()
         clock.tick()
     feed.close()
+    clock.evaluate(Plain(wrapped.module, rank))
+
+
+def deepspeed_alone(rank: Rank, clock: Clock, config: dict[str, Any], coalesce: bool) -> None:
+    import deepspeed
+
+    partitioning, task, feed = Partitioning(rank.plan), TASKS[rank.recipe.model.task], rank.feed()
+    model = rank.model(partitioning)
+    config = over(rank.plan.ds_config, config)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, dist_init_required=False)
+    if config.get("compile", {}).get("deepcompile"):
+        engine.compile()
+    for step in range(1, clock.total + 1):
+        batch = feed.micro_batches(step)
+        with engine.coalesce_grad_reduction() if coalesce else contextlib.nullcontext():
+            for micro in batch.micro_batches:
+                engine.set_gradient_accumulation_boundary(micro is batch.micro_batches[-1])
+                loss = task.sum_loss(task.logits(engine, micro), micro.labels)
+                engine.backward(loss * (rank.plan.world_size / batch.label_tokens), scale_wrt_gas=False)
+        engine.step()
+        clock.tick()
+    feed.close()
+
+
+def over(below: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged, key by key."""
+    merged = {key: over(below.get(key) or {}, value) if isinstance(value, dict) else value for key, value in keys.items()}
+    return below | merged
 
 
 def hf(rank: Rank, clock: Clock, tuned: bool) -> None:
@@ -201,9 +257,11 @@ def hf(rank: Rank, clock: Clock, tuned: bool) -> None:
             learning_rate=recipe.optimizer.lr, max_grad_norm=recipe.optimizer.max_grad_norm, dataloader_num_workers=2,
             train_sampling_strategy="group_by_length" if tuned else "random", use_cpu=not recipe.scaling.use_gpu,
         )  # fmt: skip
-        transformers.Seq2SeqTrainer(
+        trainer = transformers.Seq2SeqTrainer(
             model=rank.model(), args=arguments, train_dataset=Rows(rank), data_collator=Collator(rank, tuned), callbacks=[Ticking()]
-        ).train()
+        )
+        trainer.train()
+        clock.evaluate(Plain(trainer.model, rank))
 
 
 class Rows(torch.utils.data.Dataset[dict[str, list[int]]]):
@@ -237,9 +295,10 @@ class Collator:
         return torch.tensor([row + [self.fill.get(name, 0)] * (width - len(row)) for row in rows])
 
 
-CASES: dict[str, Callable[[Rank, Clock], None]] = {
+CASES: dict[str, Callable[..., None]] = {
     "ours": ours,
     "ddp": ddp,
+    "deepspeed": deepspeed_alone,
     "hf": partial(hf, tuned=False),
     "hf-tuned": partial(hf, tuned=True),
 }
@@ -274,6 +333,9 @@ def main() -> None:
     asked.add_argument("--full-rows", action="store_true")
     asked.add_argument("--steps", type=int, default=60)
     asked.add_argument("--warm-up", type=int, default=20)
+    asked.add_argument("--evaluate", action="store_true")
+    asked.add_argument("--config", default="{}", help="keys of DeepSpeed's configuration, as JSON, for --case deepspeed")
+    asked.add_argument("--coalesce", action="store_true")
     asked.add_argument("--kernels", type=int, default=0, help="so many kernels are listed in which a step's time goes, on a GPU")
     options = asked.parse_args()
     with tempfile.TemporaryDirectory() as runs:
@@ -282,9 +344,10 @@ def main() -> None:
             data = read_recipe(options.recipe, overrides).data
             write_long_rows(Path(runs) / "rows.jsonl", max(data.max_source_length or 0, data.max_target_length or 0, data.max_length or 0))
             overrides += [f"data.path={runs}/rows.jsonl", "data.train=train"]
-        rank = Rank.join(options.recipe, overrides, os.environ.get("BENCHMARK_CACHE", runs))
+        rank = Rank.join(options.recipe, overrides, os.environ.get("BENCHMARK_CACHE", runs), options.evaluate)
         clock = Clock(rank, options.warm_up, options.steps, began)
-        CASES[options.case](rank, clock)
+        more = {"config": json.loads(options.config), "coalesce": options.coalesce} if options.case == "deepspeed" else {}
+        CASES[options.case](rank, clock, **more)
         if rank.number == 0:
             print(report(options.case, clock), flush=True)
             if options.kernels and clock.trace is not None:

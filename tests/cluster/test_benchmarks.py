@@ -11,12 +11,13 @@ import pytest
 from runs_under_test import ROOT
 
 
-@pytest.mark.parametrize("case", ["ours", "ddp", "hf", "hf-tuned"])
+@pytest.mark.parametrize("case", ["ours", "ddp", "deepspeed", "hf", "hf-tuned"])
 def test_a_case_prints_one_line_with_what_it_measured(case: str, tmp_path: Path) -> None:
     words = ["benchmarks/train.py", "recipes/quickstart.yaml", "--case", case, "--steps", "2", "--warm-up", "1"]
-    rows = ["--set", "data.train=train[:512]", "--set", "batch.samples=16"]
+    rows = ["--evaluate", "--set", "data.train=train[:512]", "--set", "data.eval=train[512:600]", "--set", "batch.samples=16"]
     ran = subprocess.run([sys.executable, *words, *rows], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert ran.returncode == 0, ran.stderr
     (line,) = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('{"case"')]
     assert line["case"] == case and line["samples_a_step"] == 16 and line["workers"] == 1
+    assert case == "deepspeed" or (6 < line["eval_loss"] < 8 and (case != "ours" or len(line["losses"]) == 1 + 2 + 3)), "hardly trained"
     assert line["samples_per_second"] == pytest.approx(16_000 / line["step_ms"], rel=0.05) and line["first_step_seconds"] > 0

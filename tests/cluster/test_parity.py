@@ -165,6 +165,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
              **({"first_weights": str(lora_weights)} if kind == "lora" else {}))
         for kind, keys in by_task.items()
     ]  # fmt: skip
+    two += [case("own kernels", "zero=zero1", rows(6), "model.compile=blocks", own_kernels=2)]
+    two += [case("packed own kernels", "zero=zero2", rows(6), "model.compile=blocks", "data.packing=true", task="causal", own_kernels=1)]
     two += [case("recomputed", "zero=zero3", rows(6), "model.gradient_checkpointing=true", task="causal")]
     two += [
         case(f"{stage} lora", f"zero={stage}", rows(6), lora, task="causal", export=True, first_weights=str(lora_weights))
@@ -224,6 +226,7 @@ def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
      *((f"{stage} lora apart", "plain lora") for stage in FLAT), *((f"{stage} apart unclipped", "plain unclipped") for stage in FLAT),
      *((f"{stage} apart compiled", "plain") for stage in FLAT),
      ("zero0 compiled", "plain"), ("zero1 compiled", "plain"), ("zero3 compiled", "plain"), ("packed compiled", "plain causal"),
+     ("own kernels", "plain"), ("packed own kernels", "plain causal"),
      ("recomputed compiled", "plain causal"), ("selective compiled", "plain causal"), ("lora compiled", "plain lora")],
 )  # fmt: skip
 def test_every_kind_of_model_trains_as_torch_alone(results: Table, name: str, plain: str) -> None:

@@ -21,9 +21,10 @@ WAYS = {
         ("both", "blocks", "true"),
     )
 }
+WAYS["own kernels"] = WAYS["both"]
 WAYS["selective"] = [*WAYS["both"], "model.gradient_checkpointing=selective"]
 STAGES = ("zero0", "zero1", "zero3")
-COMPILED = [("zero1", "selective"), *((stage, way) for stage in STAGES for way in ("blocks", "both"))]
+COMPILED = [*((stage, way) for stage in STAGES for way in ("blocks", "both")), ("zero1", "selective"), ("zero1", "own kernels")]
 RECIPE = """
 model: {{path: {model}, task: seq2seq, weights: random, precision: fp32}}
 data: {{path: rows.jsonl, source: "{{a}}", target: "{{b}}", max_source_length: 64, max_target_length: 64}}
@@ -78,7 +79,13 @@ def trained(folder: Path, cases: list[tuple[str, str, str]]) -> Results:
         weights = write_first_weights(read_recipe(recipe), folder / f"{model}.safetensors")
         models[model] = {"recipe": str(recipe), "first_weights": str(weights)}
     asked = [
-        {"name": f"{stage} {way} {model}", "set": [f"zero={stage}", *WAYS[way]], "waits": way == "waits", **models[model]}
+        {
+            "name": f"{stage} {way} {model}",
+            "set": [f"zero={stage}", *WAYS[way]],
+            "waits": way == "waits",
+            "own_kernels": 2 * (way == "own kernels"),
+            **models[model],
+        }
         for stage, way, model in cases
     ]
     (folder / "cases.json").write_text(json.dumps(asked))

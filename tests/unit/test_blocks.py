@@ -9,8 +9,9 @@ import torch
 import transformers
 from torch import nn
 
+from trainkit.errors import PlanMismatch
 from trainkit.training import blocks
-from trainkit.training.blocks import compile_blocks, let_compile, repeated_blocks
+from trainkit.training.blocks import Sizes, compile_blocks, repeated_blocks
 
 T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -58,7 +59,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_all_blocks_share_one_compilation_and_any_number_of_rows(compiled: list[str]) -> None:
     tower, said = Tower(), list[str]()
     before = tower(torch.ones(3, 4))
-    compile_blocks(tower, said.append)
+    compile_blocks(tower, said.append, Sizes())
     for rows in (3, 5, 8):
         tower(torch.ones(rows, 4, requires_grad=True)).sum().backward()
     assert torch.equal(tower(torch.ones(3, 4, requires_grad=True)), before)
@@ -66,21 +67,19 @@ def test_all_blocks_share_one_compilation_and_any_number_of_rows(compiled: list[
     assert set(tower.state_dict()) == set(Tower().state_dict())
 
 
-def test_few_shapes_are_compiled_for_their_sizes_and_others_run_as_they_are(compiled: list[str]) -> None:
-    tower = Tower()
-    expected = [tower(torch.ones(rows, 4)) for rows in (3, 5, 8)]
-    compile_blocks(tower, pytest.fail, exact=True)
+def test_some_shapes_are_compiled_for_their_sizes_and_the_others_for_any(compiled: list[str]) -> None:
+    tower, sizes = Tower(), Sizes()
+    expected = {rows: tower(torch.ones(rows, 4)) for rows in (3, 5, 8, 9)}
+    compile_blocks(tower, pytest.fail, sizes)
+    for rows in (8, 3, 5, 9, 3):
+        sizes.exact = rows in (3, 5)
+        assert torch.equal(tower(torch.ones(rows, 4, requires_grad=True)), expected[rows])
+    assert ["Sym" in code for code in compiled] == [True, False, False]
 
-    def run(rows: int) -> torch.Tensor:
-        return tower(torch.ones(rows, 4, requires_grad=True))
 
-    try:
-        assert torch.equal(run(3), expected[0]) and torch.equal(run(5), expected[1])
-        assert len(compiled) == 2 and all("Sym" not in code for code in compiled), "each with its own sizes"
-        let_compile(False)
-        assert [torch.equal(run(rows), out) for rows, out in zip((3, 5, 8), expected, strict=True)] == [True] * 3 and len(compiled) == 2
-    finally:
-        let_compile(True)
+def test_a_model_without_blocks_cannot_be_selective(compiled: list[str]) -> None:
+    with pytest.raises(PlanMismatch, match="this model has none"):
+        compile_blocks(nn.Linear(4, 4), pytest.fail, Sizes(), selective=True)
 
 
 def test_selective_checkpointing_keeps_less_and_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +91,7 @@ def test_selective_checkpointing_keeps_less_and_gives_the_same_gradients(monkeyp
         tower = Tower()
         tower.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Sigmoid(), nn.Linear(16, 4)) for _ in range(2))
         if selective is not None:
-            compile_blocks(tower, pytest.fail, selective=selective)
+            compile_blocks(tower, pytest.fail, Sizes(), selective)
         kept: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -111,9 +110,24 @@ def test_selective_checkpointing_keeps_less_and_gives_the_same_gradients(monkeyp
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_selective_checkpointing_draws_no_mask_again() -> None:
+    """With the real compiler, to which dropout is a seed and a comparison. The weights are unit matrices: what comes out is the mask."""
+    torch._dynamo.reset()
+    tower = Tower()
+    tower.layers = nn.ModuleList(nn.Sequential(nn.Dropout(rate), nn.Linear(64, 64, bias=False)) for rate in (0.5, 0.0))
+    for layer in tower.layers:
+        nn.init.eye_(layer[1].weight)  # type: ignore[index]
+    compile_blocks(tower, pytest.fail, Sizes(), selective=True)
+    given = torch.ones(128, 64, requires_grad=True)
+    out = tower(given)
+    out.sum().backward()
+    assert given.grad is not None and 0.4 < (out == 0).float().mean() < 0.6
+    assert torch.equal(given.grad != 0, out != 0)
+
+
 def test_without_gradients_nothing_is_compiled(compiled: list[str]) -> None:
     tower = Tower()
-    compile_blocks(tower, pytest.fail)
+    compile_blocks(tower, pytest.fail, Sizes())
     with torch.no_grad():
         tower(torch.ones(3, 4))
     assert compiled == []
@@ -127,13 +141,13 @@ def test_blocks_that_do_not_compile_run_as_they_are_and_that_is_said_once(monkey
     monkeypatch.setattr(blocks, "BACKEND", backend)
     tower, said = Tower(), list[str]()
     before = tower(torch.ones(3, 4))
-    compile_blocks(tower, said.append)
+    compile_blocks(tower, said.append, Sizes())
     assert torch.equal(tower(torch.ones(3, 4)), before) and torch.equal(tower(torch.ones(3, 4)), before)
     assert len(said) == 1 and "the compiler fails here" in said[0] and "no such chip" in said[0]
 
 
 def test_a_models_own_error_is_not_taken_for_the_compilers(compiled: list[str]) -> None:
     tower = Tower()
-    compile_blocks(tower, pytest.fail)
+    compile_blocks(tower, pytest.fail, Sizes())
     with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
         tower(torch.ones(3, 5))

@@ -6,7 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
 from trainkit.cluster.causes import first_cause, told_by_a_rank
@@ -153,10 +153,16 @@ def test_a_controller_that_failed_is_ended_from_outside(folder: RunFolder) -> No
 
 def test_a_controller_that_was_ended_is_told_in_a_sentence(folder: RunFolder) -> None:
     died = ActorDiedError()
-    died.args = ("The actor died unexpectedly.\n\tpid: 4548\nThe actor is dead because its owner has died. Worker exit detail: crash",)
+    died.error_msg = "The actor died unexpectedly.\n\tpid: 4548\nThe actor is dead because its owner has died. Worker exit detail: crash"
     cause = first_cause(died, folder, 2)
     assert cause.message.startswith("a process of Ray was ended from outside") and cause.facts["from_outside"] and cause.__cause__ is died
-    assert "pid" not in cause.message
+    assert cause.message.endswith("Worker exit detail: crash") and "pid" not in cause.message
+
+
+def test_an_actor_that_could_not_be_made_is_told_with_its_reason(folder: RunFolder) -> None:
+    broken = RayTaskError("__init__", "FileNotFoundError: manifest.json", FileNotFoundError("manifest.json"))
+    cause = first_cause(ActorDiedError(broken), folder, 2)
+    assert "manifest.json" in cause.message and "ended from outside" not in cause.message
 
 
 @pytest.mark.parametrize("by_ray", [True, False])

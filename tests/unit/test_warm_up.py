@@ -33,10 +33,10 @@ def test_each_kind_runs_once_and_what_comes_often_is_captured(plan: Plan) -> Non
     assert warm_ups(USES, 1, replace(plan, cuda_graphs=False)) == expected[:1] + expected[2:]
 
 
-def test_where_few_shapes_are_compiled_for_their_sizes_the_most_used_are(plan: Plan) -> None:
-    exact = replace(plan, compile_exact=True)
-    assert warm_ups({OFTEN: 100, SQUARE: 1}, 1, exact) == [(OFTEN, True), (SQUARE, False)]
-    assert warm_ups({OFTEN: 100, SQUARE: 90, DEAREST: 80, ONE_ROW: 1}, 1, exact) == [(DEAREST, True), (OFTEN, True), (SQUARE, True)]
+def test_what_has_kernels_of_its_own_is_run_beside_the_dearest_of_each_kind_of_the_others(plan: Plan) -> None:
+    own = replace(plan, compiled_shapes=(OFTEN, SELDOM), cuda_graphs=False)
+    assert warm_ups(USES, 1, own) == [(DEAREST, False), (SELDOM, False), (OFTEN, False), (SQUARE, False), (ONE_ROW, False)]
+    assert warm_ups({OFTEN: 9}, 1, own) == [(OFTEN, False)]
 
 
 def test_how_many_steps_are_looked_at(plan: Plan) -> None:
@@ -46,25 +46,14 @@ def test_how_many_steps_are_looked_at(plan: Plan) -> None:
     assert steps_looked_at(replace(plan, compile_blocks=False, cuda_graphs=False), 1) == 0
 
 
-class Engine:
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.ran = plan, list[tuple[Shape, bool]]()
-
-    def warm_up(self, batch: Shape, capture: bool) -> None:
-        self.ran.append((batch, capture))
-
-
 def test_it_tells_how_far_it_is(plan: Plan) -> None:
-    engine, told = Engine(plan), list[tuple[int, int]]()
+    class Engine:
+        def __init__(self) -> None:
+            self.plan, self.ran = plan, list[tuple[Shape, bool]]()
+
+        def warm_up(self, batch: Shape, capture: bool) -> None:
+            self.ran.append((batch, capture))
+
+    engine, told = Engine(), list[tuple[int, int]]()
     warm_up(engine, USES, 1, lambda shape: shape, lambda number, of: told.append((number, of)))  # type: ignore[arg-type,return-value]
     assert engine.ran == warm_ups(USES, 1, plan) and told == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-def test_only_the_most_used_are_compiled_and_nothing_once_it_is_done(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, allowed = Engine(replace(plan, compile_exact=True)), list[bool]()
-    monkeypatch.setattr("trainkit.training.warm_up.let_compile", allowed.append)
-    warm_up(engine, {OFTEN: 100, SQUARE: 90, DEAREST: 80}, 1, lambda shape: shape)  # type: ignore[arg-type,return-value]
-    assert [shape for shape, _ in engine.ran] == [DEAREST, OFTEN, SQUARE] and allowed == [False, True, True, False]
-    allowed.clear()
-    warm_up(Engine(plan), USES, 1, lambda shape: shape)  # type: ignore[arg-type,return-value]
-    assert allowed == []

@@ -141,7 +141,7 @@ def _unknown(failure: BaseException, folder: RunFolder, world_size: int) -> Trai
 
 
 def _words(failure: BaseException, folder: RunFolder) -> str:
-    if isinstance(failure, RayActorError):  # no rank's: Ray Train's controller, or the node on which it ran
+    if isinstance(failure, RayActorError) and not failure.actor_init_failed:  # no rank's: Ray Train's controller, or the node it ran on
         return f"a process of Ray was ended from outside, and the run with it.\nRay says: {_ray_reason(failure)}"
     return _full_disk(failure, folder) or ": ".join(filter(None, [type(failure).__name__, str(failure).strip()]))
 

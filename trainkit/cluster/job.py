@@ -7,9 +7,10 @@ its machines are not taken before there is something to do.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,14 +66,27 @@ def _awaited(path: Path) -> Job:
 
 
 class ByValue:
-    """What Ray Train takes for a reference to its training function: the function itself, which is small.
-
-    Ray Train would put it into the object store. A driver that owns an object there is ended by Ray (`_exit(1)`) within 0.1 s of hearing
-    that the node is gone, when it tries to restore the object in a store that is gone as well; nobody could record or restart the run.
-    """
+    """What Ray Train takes for a reference to its training function: the function itself, which is small."""
 
     def __init__(self, value: Callable[[], Any]):
         self.value = value
 
     def get(self) -> Callable[[], Any]:
         return self.value
+
+
+@contextlib.contextmanager
+def functions_by_value() -> Iterator[None]:
+    """Meanwhile `TorchTrainer.fit` puts no training function into the object store, of which this process would be the owner.
+
+    Ray ends an owner (`_exit(1)`) within 0.1 s of hearing that the node is gone, when it tries to restore the object in a store that is
+    gone as well; nobody could record or restart the run.
+    """
+    from ray.train.v2.api import data_parallel_trainer
+
+    before = data_parallel_trainer.ObjectRefWrapper
+    data_parallel_trainer.ObjectRefWrapper = ByValue
+    try:
+        yield
+    finally:
+        data_parallel_trainer.ObjectRefWrapper = before

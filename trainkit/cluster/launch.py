@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit.cluster.capacity import Node, worker_nodes, worker_resources
 from trainkit.cluster.hangs import Stillnesses, signs
-from trainkit.cluster.job import ByValue, Job, hand_over, train_loop
+from trainkit.cluster.job import Job, functions_by_value, hand_over, train_loop
 from trainkit.cluster.progress import Display, View, Watch
 from trainkit.cluster.session import (
     Head,
@@ -206,9 +206,6 @@ def _trainer(asked: Launch, job: Job | Path) -> Any:
     """job: or where it will lie."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api import data_parallel_trainer
-
-    data_parallel_trainer.ObjectRefWrapper = ByValue
 
     return TorchTrainer(
         train_loop,
@@ -301,7 +298,8 @@ class _Fit:
 
     def _fit(self) -> None:
         try:
-            self.result.append(self.trainer.fit().return_value)
+            with functions_by_value():
+                self.result.append(self.trainer.fit().return_value)
         except BaseException as error:
             self.result.append(error)
         finally:

@@ -197,7 +197,7 @@ class Head:
 
         processes = [process for process in psutil.Process().children() if process.name() in ("gcs_server", "raylet")]
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-        return cls(processes, (host, int(port)))
+        return cls(processes, (host.strip("[]"), int(port)))
 
     def check(self) -> None:
         """Raises TrainingError when one has ended, or answers no more: Ray itself would wait a minute for it and then end this process."""

@@ -51,7 +51,7 @@ class Plan:
     evaluates: bool = True
     compile_blocks: bool = False
     selective_checkpointing: bool = False  # what compiled blocks can compute again at little cost is not kept for backward
-    compile_exact: bool = False  # for the few shapes that the run's micro-batches have, instead of for any
+    compiled_shapes: tuple[tuple[int, int, int], ...] = ()  # rows, source and target of those that have kernels of their own
     cuda_graphs: bool = False
     no_graphs: str | None = None  # why there are none
     notes: tuple[str, ...] = ()
@@ -78,6 +78,7 @@ class Plan:
             "flops": None if flops is None else TrainingFlops(**flops),
             "fits": tuple(Fit(**fit) for fit in values["fits"]),
             "notes": tuple(values["notes"]),
+            "compiled_shapes": tuple(tuple(shape) for shape in values.get("compiled_shapes", ())),
         }
         return cls(**{**values, **parts})
 

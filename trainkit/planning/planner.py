@@ -144,7 +144,7 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
         expected_activation_bytes=activations,
         expected_peak_bytes=max(sum(memory.device.values()) + activations, memory.device_at_step),
         compile_blocks=compiles,
-        compile_exact=compiles and len(uses) <= COMPILED_SHAPES and not plan.offload_optimizer,
+        compiled_shapes=tuple(sorted((*shape,) for shape, _ in uses)) if compiles and len(uses) <= COMPILED_SHAPES else (),
         notes=tuple(notes),
     )
 
@@ -351,7 +351,7 @@ def _auto(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world
     tokens = -(-samples // k) * cost
     note = f"tokens_per_device: {tokens:,} tokens × {format_bytes(per_token)} of activations at most, into {format_bytes(room)}"
     if tokens * per_token > room:
-        note += ": one row alone may not fit; shorten max lengths or write model.gradient_checkpointing: selective, or true"
+        note += ": one row alone may not fit; shorten max lengths or write model.gradient_checkpointing: true"
     return _Batch(tokens, k, (note,))
 
 

@@ -91,7 +91,9 @@ def _device(plan: Plan) -> str:
 
 def _speed(plan: Plan) -> str:
     why = f": {plan.no_graphs}" if plan.no_graphs is not None and plan.use_gpu else ""
-    return f"blocks {'compiled' if plan.compile_blocks else 'as they are'}, {'CUDA graphs' if plan.cuda_graphs else f'no CUDA graphs{why}'}"
+    graphs = "CUDA graphs" if plan.cuda_graphs else f"no CUDA graphs{why}"
+    selective = ", selective checkpointing" if plan.selective_checkpointing else ""
+    return f"blocks {'compiled' if plan.compile_blocks else 'as they are'}{selective}, {graphs}"
 
 
 def _zero(plan: Plan) -> str:

@@ -51,7 +51,8 @@ class Model(Section):
     )
     compile: Literal["blocks", False] | None = Field(
         None,
-        description="blocks: torch.compile of the repeated blocks; null: on a GPU under ZeRO stages 0 to 2, where the run is long enough.",
+        description="blocks: torch.compile of the repeated blocks; null: on a GPU under ZeRO stages 0 to 2, where the run is long enough, "
+        "and for selective checkpointing.",
     )
     cuda_graphs: bool | None = Field(
         None,

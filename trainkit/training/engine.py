@@ -20,7 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.errors import PlanMismatch
 from trainkit.planning.planner import Plan
-from trainkit.training.blocks import compile_blocks, repeated_blocks
+from trainkit.training.blocks import Sizes, compile_blocks, repeated_blocks
 from trainkit.training.cuda_graphs import FixedGradients, Gradients, Graphs, Twin
 from trainkit.training.flat_zero1 import FlatZero1
 from trainkit.training.flat_zero3 import FlatZero3
@@ -68,9 +68,9 @@ class Engine:
                 deepspeed.utils.set_z3_leaf_module(block, True)
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=plan.ds_config, dist_init_required=False)
         self.trainable = trainable
-        self.loss_kernels = IN_CHUNKS
+        self.loss_kernels, self.sizes = IN_CHUNKS, Sizes()
         if plan.compile_blocks:
-            self.loss_kernels = compile_blocks(self.ds.module, say, exact=plan.compile_exact, selective=plan.selective_checkpointing)
+            self.loss_kernels = compile_blocks(self.ds.module, say, self.sizes, plan.selective_checkpointing)
         self.called = self.ds  # to run forward
         self.graphs: Graphs | None = None
         self.flat: FlatZero1 | FlatZero3 | None = None
@@ -251,8 +251,14 @@ class Engine:
 
     def _sum_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         kernels = self.loss_kernels if torch.is_grad_enabled() else IN_CHUNKS
+        self.sizes.exact = self._shape(batch) in self.plan.compiled_shapes
         loss: torch.Tensor = self.task.sum_loss(self.task.logits(model, batch), batch.labels, kernels)
         return loss
+
+    def _shape(self, batch: MicroBatch) -> tuple[int, int, int]:
+        """Rows, source and target, as the plan counts them."""
+        rows, source = batch.input_ids.shape
+        return rows, source, batch.labels.shape[1] if self.task is TASKS["seq2seq"] else 0
 
     def _reduce(self, gradients: Gradients) -> None:
         """Over ranks, of gradients that came about outside of DeepSpeed's hooks."""

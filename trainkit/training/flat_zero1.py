@@ -66,10 +66,13 @@ def clip_and_update(
     squares = torch.stack(norms).double().square().sum()
     dist.all_reduce(squares, group=optimizer.dp_process_group)
     norm = squares.sqrt().float()
-    clipping = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)  # as torch.nn.utils.clip_grad_norm_
     for group, (master, gradient) in enumerate(zip(masters, gradients, strict=True)):
-        clipped = gradient if gradient.dtype == master.dtype else torch.empty_like(master)
-        master.grad = torch.mul(gradient, clipping.view(1), out=clipped)  # a factor with a dimension has its say in the product's type
+        if max_norm > 0:
+            smaller = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ and DeepSpeed do
+            clipped = gradient if gradient.dtype == master.dtype else torch.empty_like(master)
+            torch.mul(gradient, smaller.view(1), out=clipped)  # a factor with a dimension has its say in the product's type
+            gradient = clipped
+        master.grad = gradient.to(master.dtype)
         optimizer._optimizer_step(group)
         master.grad = None
         write(group)

@@ -76,10 +76,12 @@ def _measured(where: str, device: torch.device, states: int) -> str:
 def _way_out(plan: Plan, where: str, in_micro_batches: bool) -> str:
     smaller = halved(plan) if in_micro_batches else None
     graphs = "model.cuda_graphs: false, " if plan.cuda_graphs and where == "GPU" else ""
+    selective = "selective (compiled blocks keep less) or " if plan.compile_blocks and not plan.selective_checkpointing else ""
+    fewer = f"model.gradient_checkpointing: {selective}true"
     if smaller is None:
-        return f"{graphs}model.gradient_checkpointing: true, shorter maximum lengths, or a ZeRO configuration with offload"
+        return f"{graphs}{fewer}, shorter maximum lengths, or a ZeRO configuration with offload"
     key = "tokens_per_device" if plan.tokens_per_device else "samples_per_device"
     return (
         f"{graphs}batch.{key}: {getattr(smaller, key)} (now {getattr(plan, key)}; the training stays the same), "
-        "train.halve_on_oom: true, which does that by itself, or model.gradient_checkpointing: true"
+        f"train.halve_on_oom: true, which does that by itself, or {fewer}"
     )

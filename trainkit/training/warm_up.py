@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from trainkit.data.batches import Shape
 from trainkit.data.feed import MicroBatch
-from trainkit.planning.planner import COMPILED_SHAPES, Plan
-from trainkit.training.blocks import let_compile
+from trainkit.planning.planner import Plan
 
 if TYPE_CHECKING:
     from trainkit.training.engine import Engine
@@ -32,33 +31,27 @@ def warm_ups(uses: Mapping[Shape, int], first: int, plan: Plan) -> list[tuple[Sh
     """The shapes to run, dearest first, and whether a CUDA graph is made of each: the same on all ranks.
 
     uses: of each shape in the steps that are looked at from step `first` on, over all ranks. The compiler makes one kernel for all sizes
-    but 1, and another one where two of them are equal: of each such kind the dearest shape is run, or each shape that it makes one for.
+    but 1, and another one where two of them are equal: of each such kind the dearest shape is run, and each with kernels of its own.
     """
-    chosen, kinds, exactly = [], set(), _compiled_exactly(uses, plan)
+    chosen, kinds = [], set()
     of_rank = (plan.total_steps - first + 1) / max(1, steps_looked_at(plan, first)) / plan.world_size
     often = sorted(uses, key=lambda shape: -uses[shape])[:CAPTURED] if plan.cuda_graphs else []
     for shape in sorted(uses, key=lambda shape: (-shape.cost, shape)):
         kind = tuple(size == 1 for size in shape), tuple(a == b for a, b in combinations(shape, 2))
         captured = shape in often and uses[shape] * of_rank >= CAPTURED_FROM
-        if captured or (shape in exactly if plan.compile_exact else kind not in kinds):
+        own = shape in plan.compiled_shapes
+        if captured or own or kind not in kinds:
             chosen.append((shape, captured))
-        kinds.add(kind)
+        if not own:
+            kinds.add(kind)
     return chosen
-
-
-def _compiled_exactly(uses: Mapping[Shape, int], plan: Plan) -> list[Shape]:
-    return sorted(uses, key=lambda shape: (-uses[shape], shape))[:COMPILED_SHAPES] if plan.compile_exact else []
 
 
 def warm_up(
     engine: Engine, uses: Mapping[Shape, int], first: int, blank: Callable[[Shape], MicroBatch], told: Told = lambda number, of: None
 ) -> None:
     """Run them, before step `first`; blank(shape) is a micro-batch of padding on the device. All ranks must call it."""
-    chosen, exactly = warm_ups(uses, first, engine.plan), _compiled_exactly(uses, engine.plan)
+    chosen = warm_ups(uses, first, engine.plan)
     for number, (shape, captured) in enumerate(chosen, start=1):
         told(number, len(chosen))
-        if engine.plan.compile_exact:
-            let_compile(shape in exactly)
         engine.warm_up(blank(shape), captured)
-    if engine.plan.compile_exact:
-        let_compile(False)
