@@ -19,5 +19,6 @@ def test_a_case_prints_one_line_with_what_it_measured(case: str, tmp_path: Path)
     assert ran.returncode == 0, ran.stderr
     (line,) = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('{"case"')]
     assert line["case"] == case and line["samples_a_step"] == 16 and line["workers"] == 1
-    assert case == "deepspeed" or (6 < line["eval_loss"] < 8 and (case != "ours" or len(line["losses"]) == 1 + 2 + 3)), "hardly trained"
+    assert case == "deepspeed" or 3 < line["eval_loss"] < 7, "the first weights are at 7.4"
+    assert case != "ours" or (len(line["losses"]) == 1 + 2 + 3 and line["losses"][0] > 7 > line["losses"][-1])
     assert line["samples_per_second"] == pytest.approx(16_000 / line["step_ms"], rel=0.05) and line["first_step_seconds"] > 0
