@@ -152,9 +152,9 @@ class _Run:
         return launch(asked, display(self.console, self.verbose), self.signals, self._stopping)
 
     def _restart_or_raise(self, failure: Exception, checkpoint: Checkpoint | None) -> None:
-        if self.prepared is None:  # nothing was begun that could go on
-            raise failure
         error = _cause(failure, self)
+        if self.prepared is None and not error.facts.get("from_outside"):  # what cannot be made ready is not the workers' fault
+            raise failure
         steps = self.folder.read_steps()
         began_at, ended_at = 0 if checkpoint is None else checkpoint.step, steps[-1]["step"] if steps else 0
         graphs = self.plan.cuda_graphs and self.recipe.model.cuda_graphs is None
