@@ -46,7 +46,8 @@ from trainkit.cluster.signals import Signals
 from trainkit.data.arrays import TokenArrays, Writer, ragged
 from trainkit.data.batches import Budget
 from trainkit.data.distributor import Feeding, make_distributor
-from trainkit.data.feed import CALL_BYTES, Feed, Padding, Source
+from trainkit.data.feed import CALL_BYTES, Feed, Source
+from trainkit.data.padding import Padding
 from trainkit.data.wire import WireCall
 from trainkit.recipe.schema import Recipe, Scaling, Train
 

@@ -17,11 +17,15 @@ import torch.distributed as dist
 from trainkit.cluster.hardware import worker_device
 from trainkit.data.batches import Budget
 from trainkit.data.distributor import DataDistributor, Feeding
-from trainkit.data.feed import Feed, Padding, Source, moved
+from trainkit.data.feed import Feed, Source
+from trainkit.data.padding import Padding, moved
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer, prepare
 from trainkit.inference.evaluate import evaluate_loss
 from trainkit.planning.facts import DataFacts
-from trainkit.planning.planner import Plan, joins_shapes, make_plan, with_micro_batches
+from trainkit.planning.plan import Plan
+from trainkit.planning.planner import make_plan
+from trainkit.planning.revision import with_micro_batches
+from trainkit.planning.speed import joins_shapes
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import read_zero

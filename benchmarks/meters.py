@@ -26,7 +26,8 @@ from in_process import Rank
 from trainkit.data.feed import Feed
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
-from trainkit.runs.folder import RunFolder, StepLog
+from trainkit.runs.folder import RunFolder
+from trainkit.runs.steps import StepLog
 from trainkit.training import loop
 from trainkit.training.board import Story, TensorBoard
 from trainkit.training.engine import Engine

@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from in_process import Rank
 
-from trainkit.data.feed import IGNORED_LABEL
+from trainkit.data.padding import IGNORED_LABEL
 from trainkit.data.tokens import TokenArrays, load_tokenizer
 from trainkit.planning.flops import Work
 from trainkit.recipe.reader import read_recipe
@@ -46,7 +46,7 @@ from trainkit.recipe.zero import read_zero
 from trainkit.training import loop
 from trainkit.training.engine import Partitioning
 from trainkit.training.meters import StepRecord
-from trainkit.training.model import TASKS
+from trainkit.training.tasks import TASKS
 
 TRACED = 3  # steps in which kernels are counted
 ROWS_OF_THE_REFERENCE = 32  # on a device

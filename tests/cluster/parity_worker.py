@@ -25,9 +25,10 @@ import torch.distributed as dist
 from trainkit.data.batches import Budget
 from trainkit.data.distributor import DataDistributor, Feeding
 from trainkit.data.encoding import limits
-from trainkit.data.feed import Feed, MicroBatch, Padding, Source, StepBatch
+from trainkit.data.feed import Feed, Source
+from trainkit.data.padding import MicroBatch, Padding, StepBatch
 from trainkit.data.tokens import Prepared, TokenArrays, load_tokenizer, prepare
-from trainkit.errors import NonFiniteError
+from trainkit.errors import NonFiniteError, PlanMismatch
 from trainkit.inference.evaluate import evaluate_loss
 from trainkit.inference.export import export_model
 from trainkit.planning.facts import DataFacts, Hardware
@@ -40,7 +41,8 @@ from trainkit.training import blocks, loop
 from trainkit.training.checkpoint import Saver, restore
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.meters import StepRecord
-from trainkit.training.model import TASKS, build_model, model_facts
+from trainkit.training.model import build_model, model_facts
+from trainkit.training.tasks import TASKS
 from trainkit.training.warm_up import steps_looked_at, warm_up
 
 CPU = torch.device("cpu")
@@ -76,6 +78,9 @@ def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any]
         plan = replace(plan, compiled_shapes=tuple((*shape,) for shape in sorted(shapes)[: case["own_kernels"]]))
     if plan.selective_checkpointing or plan.compiled_shapes:
         torch._dynamo.reset()  # what other cases have compiled would be taken
+    if case["fault"] == "no norm":
+        section = plan.ds_config["zero_optimization"] | {"compute_grad_norm": False}
+        plan = replace(plan, ds_config=plan.ds_config | {"zero_optimization": section})
     partitioning = Partitioning(plan)
     model = build_model(recipe, case["first_weights"], partitioning.gathered, prepared.label_names)
     engine = Engine(model, plan, recipe.model.task, CPU)
@@ -105,6 +110,8 @@ def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any]
         loop.train(engine, feed, plan, recipe, around, outcome)
     except NonFiniteError as error:
         return [[error.facts["step"], error.facts["rank"], record.loss] for record in records]
+    except PlanMismatch as error:
+        return [[float(error.facts["what"] == "gradient norm"), len(records)]]
     if saver is not None:
         saver.wait()
         saver.close()

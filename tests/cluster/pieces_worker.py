@@ -29,8 +29,8 @@ def compare(recipe_file: str, weights: str, zero: str) -> None:
     forward_and_backward(engine, feed.micro_batches(1), seed=1)
     feed.close()  # a thread that pads when Python ends takes the process with it
     engine.step(1e-3)
-    memory = HostMemory(sum(piece.values.numel() for piece in engine.pieces()), CPU)
-    mine, parameters = joined(memory.copied(engine.pieces()), None), dict(engine.model.named_parameters())
+    memory = HostMemory(sum(piece.values.numel() for piece in engine.states.pieces()), CPU)
+    mine, parameters = joined(memory.copied(engine.states.pieces()), None), dict(engine.model.named_parameters())
     seen = 0
     for number, (name, parameter) in enumerate(parameters.items()):
         for state in STATES:

@@ -181,6 +181,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     ]  # fmt: skip
     two += [case("NaN on rank 1", rows(6), fault="NaN on rank 1")]
     two += [case("mean of means", rows(6), fault="mean of means")]
+    two += [case("no norm", rows(6), "optimizer.max_grad_norm=0", fault="no norm")]
     return Table(train_all(folder, 1, one) | train_all(folder, 2, two), folder / "exported")
 
 
@@ -243,6 +244,10 @@ def test_a_loss_that_is_not_finite_names_step_and_rank_one_step_later(results: T
     found = results["NaN on rank 1"]
     assert (found[:, 0] == 3).all() and (found[:, 1] == 1).all()
     assert np.isfinite(found[:2, 2]).all() and np.isnan(found[2, 2]) and len(found) <= 4, "recorded, and the end at most one step later"
+
+
+def test_a_step_without_a_gradient_norm_is_refused(results: Table) -> None:
+    assert results["no norm"].tolist() == [[1, 0]], "it is the reason, and no step is recorded"
 
 
 def test_a_wrong_normalisation_is_seen(results: Table) -> None:

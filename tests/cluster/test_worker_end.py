@@ -11,9 +11,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainkit.cluster import worker as worker_module
+from trainkit.cluster import results
+from trainkit.cluster.results import Results
 from trainkit.cluster.worker import Worker
-from trainkit.runs.folder import RunFolder, StepLog
+from trainkit.runs.folder import RunFolder
+from trainkit.runs.steps import StepLog
 from trainkit.training.board import SilentBoard, Story, TensorBoard
 from trainkit.training.loop import Outcome
 from trainkit.training.meters import StepRecord
@@ -27,25 +29,21 @@ NUMBERS = dict.fromkeys(RankNumbers.__dataclass_fields__, 0)
 RECORD: dict[str, Any] = dict.fromkeys(StepRecord.__dataclass_fields__, 0) | {"seconds": 1.0, "piece_seconds": {}, "skipped_ranks": ()}
 
 
-class Ended(Worker):
-    """A worker of one rank that has trained `last` of 6 steps and evaluated them; `outcome` is the loop's."""
+class Ended(Results):
+    """Of a rank alone that has trained `last` of 6 steps and evaluated them; `outcome` is the loop's."""
 
     def __init__(self, path: Path, last: int, metric_for_best: str | None, load_best: bool, zero_stage: int = 1):
         train = SimpleNamespace(metrics=["exact_match"], metric_for_best_model=metric_for_best, load_best_model_at_end=load_best)
-        self.recipe: Any = SimpleNamespace(train=train)
-        self.plan: Any = SimpleNamespace(total_steps=6, zero_stage=zero_stage)
-        self.job: Any = SimpleNamespace(eval_steps=1)
-        self.rank, self.device, self.folder = 0, torch.device("cpu"), RunFolder(path)
-        self.board = TensorBoard(path / "tensorboard", Story(use_gpu=False))
-        self.feeds: Any = {"eval": None}
-        self.examples = {}
+        plan, recipe = SimpleNamespace(total_steps=6, zero_stage=zero_stage), SimpleNamespace(train=train)
+        job: Any = SimpleNamespace(eval_steps=1, recipe=recipe, plan=plan, run_folder=str(path))
+        board, feeds = TensorBoard(path / "tensorboard", Story(use_gpu=False)), {"eval": MagicMock()}
+        super().__init__(job, 0, torch.device("cpu"), None, feeds, board, lambda text: None)
         self.outcome = Outcome(steps=last, best_step=None if metric_for_best is None else 4)
         for self.now_at in range(EVERY, last + 1, EVERY):
             self.outcome.evaluation = {"step": self.now_at, **self.evaluate(ENGINE, self.now_at)}
             if self.now_at == self.outcome.best_step:
                 self.outcome.best_evaluation = self.outcome.evaluation
 
-    def phase(self, text: str) -> None: ...
     def export(self, engine: Any, folder: Path) -> None: ...
 
     def metrics(self, model: Any, device: torch.device, in_step: bool) -> tuple[dict[str, float], list[dict[str, str]]]:
@@ -59,8 +57,8 @@ class Ended(Worker):
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "evaluate_loss", lambda engine, feed, steps: {"loss": 1.5})
-    monkeypatch.setattr(worker_module, "link_model", lambda best, target: None)
+    monkeypatch.setattr(results, "evaluate_loss", lambda engine, feed, steps: {"loss": 1.5})
+    monkeypatch.setattr(results, "link_model", lambda best, target: None)
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
 
 
@@ -77,16 +75,16 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_evaluation_has_one_point_and_the_model_a_tag_of_its_own(
     alone: None, tmp_path: Path, last: int, metric_for_best: str | None, load_best: bool, final_step: int
 ) -> None:
-    worker = Ended(tmp_path, last, metric_for_best, load_best)
-    examples = worker.finish(ENGINE, worker.outcome)
-    worker.board.close()
+    ended = Ended(tmp_path, last, metric_for_best, load_best)
+    examples = ended.finish(ENGINE, ended.outcome)
+    ended.board.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     points = {tag: [(event.step, round(event.value, 4)) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert points["eval/loss"] == [(step, 1.5) for step in METRIC if step <= last]
     assert points["eval/exact_match"] == [(step, value) for step, value in METRIC.items() if step <= last]
     assert points["final/exact_match"] == [(final_step, METRIC[final_step])] and points["final/loss"] == [(final_step, 1.5)]
-    assert worker.outcome.evaluation == {"step": final_step, "loss": 1.5, "exact_match": METRIC[final_step]} and examples
+    assert ended.outcome.evaluation == {"step": final_step, "loss": 1.5, "exact_match": METRIC[final_step]} and examples
     shown = [event.step for event in events.Tensors("predictions/text_summary")]
     assert shown == [step for step in METRIC if step <= last]
 
@@ -95,9 +93,8 @@ class Reporting(Worker):
     """Rank 0 that has reported `steps` steps at once, far faster than one write a second."""
 
     def __init__(self, path: Path, steps: int):
-        for name in ("saver", "copier", "lock", "profiler", "heart"):
-            setattr(self, name, MagicMock())
-        self.feeds, self.order, self.ranks_told, self.untold, self.first_step = {}, "", 0.0, None, 1
+        self.profiler = self.heart = MagicMock()
+        self.order, self.ranks_told, self.untold, self.first_step = "", 0.0, None, 1
         self.board, self.folder, self.log = SilentBoard(), RunFolder(path), StepLog(RunFolder(path))
         for step in range(1, steps + 1):
             self.report(StepRecord(**RECORD | {"step": step, "ranks": (RankNumbers(**NUMBERS | {"peak_bytes": step}),)}))
@@ -107,5 +104,5 @@ def test_what_ranks_measured_last_is_kept_when_a_run_ends_or_fails(tmp_path: Pat
     folder = RunFolder.create(tmp_path, "it")
     worker = Reporting(folder.path, steps=5)
     assert folder.read_ranks()[0]["peak_bytes"] == 1, "one write a second"
-    worker.close()
+    worker.tell_ranks_last()
     assert folder.read_ranks()[0]["peak_bytes"] == 5

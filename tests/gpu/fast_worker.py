@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from memory_worker import run_cases
 
-from trainkit.data.feed import MicroBatch, StepBatch
+from trainkit.data.padding import MicroBatch, StepBatch
 from trainkit.planning.facts import DataFacts, Hardware
 from trainkit.planning.flops import Work
 from trainkit.planning.planner import make_plan

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainkit.data.feed import MicroBatch
+from trainkit.data.padding import MicroBatch
 from trainkit.planning.facts import DataFacts, Hardware
 from trainkit.planning.flops import Work
 from trainkit.planning.planner import make_plan

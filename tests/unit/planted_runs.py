@@ -14,7 +14,8 @@ from trainkit.planning.facts import DataFacts, Hardware
 from trainkit.planning.planner import Plan, make_plan
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.zero import read_zero
-from trainkit.runs.folder import RunFolder, StepLog
+from trainkit.runs.folder import RunFolder
+from trainkit.runs.steps import StepLog
 from trainkit.units import GIB
 
 RECIPES = Path(__file__).parents[2] / "recipes"

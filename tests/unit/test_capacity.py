@@ -37,6 +37,7 @@ def test_a_worker_takes_what_ray_would_give_it() -> None:
     assert worker_resources(cpu(1)) == {"CPU": 1.0}
     assert worker_resources(Scaling()) == {"CPU": 1.0, "GPU": 1.0}
     assert worker_resources(Scaling(resources_per_worker={"CPU": 4.0})) == {"CPU": 4.0, "GPU": 1.0}
+    assert worker_resources(Scaling(resources_per_worker={"GPU": 0.5})) == {"GPU": 0.5}
 
 
 def test_more_workers_than_cpus_names_both_numbers_and_a_share_that_fits() -> None:

@@ -19,7 +19,9 @@ GROUP = WorkerGroupError("rank 0 and 1 failed", {0: PEER_LOST})
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder.create(tmp_path, "small")
+    folder = RunFolder.create(tmp_path, "small")
+    folder.begin_attempt()
+    return folder
 
 
 def test_an_error_of_ours_keeps_its_class_message_and_exit_code(folder: RunFolder) -> None:

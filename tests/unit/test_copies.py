@@ -22,6 +22,7 @@ from trainkit.runs.checkpoints import MANIFEST, Checkpoint, checkpoint_path, com
 from trainkit.runs.copies import RunCopy, fault_of
 from trainkit.runs.copying import Copier, make_again, newest, runs_at
 from trainkit.runs.folder import RunFolder
+from trainkit.runs.steps import keep_steps
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 KEY = "run.copy_checkpoints_to"
@@ -258,7 +259,7 @@ def test_a_lost_run_folder_is_made_again_by_its_name(folder: RunFolder, url: str
         run_to_resume(here, QUICKSTART, "other")
     again = run_to_resume(here, QUICKSTART, "it")
     assert again.path == folder.path and len(again.read_steps()) == 300 and not complete(again.path)
-    again.keep_steps(100)
+    keep_steps(again, 100)
     assert [step["step"] for step in again.read_steps()] == list(range(1, 101))
 
 
@@ -301,6 +302,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
 
 
 def test_a_slow_copy_is_followed_by_the_newest_and_survives_the_removal_of_what_it_copies(folder: RunFolder, slow: Slow) -> None:
+    folder.begin_attempt()
     copier = Copier(folder, "memory://bucket")
     for step in (100, 150, 200):
         save(folder.path, step, keep=1)
@@ -320,10 +322,11 @@ def test_a_slow_copy_is_followed_by_the_newest_and_survives_the_removal_of_what_
         assert copier.ended(30)
     assert seen == [200] and copy.steps() == [200] and copier.outcome() == {"step": 200, "error": None}
     copy.fetch(folder.path, 200).check()
-    assert folder.take_note() == ""
+    assert folder.take_notes() == []
 
 
 def test_a_copy_that_fails_is_told_once_and_tried_again(folder: RunFolder, slow: Slow) -> None:
+    folder.begin_attempt()
     copier = Copier(folder, "memory://bucket")
     slow.fails = True
     slow.go_on.set()
@@ -331,24 +334,24 @@ def test_a_copy_that_fails_is_told_once_and_tried_again(folder: RunFolder, slow:
         save(folder.path, step)
         copier.offer(step)
     assert copier.ended(30)
-    note = folder.take_note()
-    assert (
-        "is not copied: RuntimeError: the bucket is full. Training goes on, and the next one is tried" in note and folder.take_note() == ""
-    )
+    (note,) = folder.take_notes()
+    assert "is not copied: RuntimeError: the bucket is full. Training goes on, and the next one is tried" in note
     assert copier.outcome() == {
         "step": None,
         "error": "memory://bucket/it: the copy lacks the checkpoint of step 150: RuntimeError: the bucket is full",
     }
+    folder.begin_attempt()
     again = Copier(folder, "memory://bucket")
-    again.offer(100)
-    while not folder.take_note():
+    again.offer(150)
+    while not folder.take_notes():
         assert again.thread.is_alive()
     slow.fails = False
     again.offer(150)
-    assert again.ended(30) and again.outcome() == {"step": 150, "error": None} and folder.take_note() == ""
+    assert again.ended(30) and again.outcome() == {"step": 150, "error": None} and folder.take_notes() == []
 
 
 def test_a_copy_is_given_up_when_the_process_ends(folder: RunFolder, slow: Slow) -> None:
+    folder.begin_attempt()
     copier = Copier(folder, "memory://bucket")
     save(folder.path, 100)
     copier.offer(100)

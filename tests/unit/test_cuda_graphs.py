@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainkit.data.feed import MicroBatch
+from trainkit.data.padding import MicroBatch
 from trainkit.errors import CaptureError
 from trainkit.planning.flops import Work
 from trainkit.training.cuda_graphs import Graphs

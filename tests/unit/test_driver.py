@@ -86,14 +86,15 @@ def test_workers_that_are_started_early_wait_for_their_job(tmp_path: Path, monke
     worker = SimpleNamespace(run_worker=lambda job: job)
     monkeypatch.setitem(sys.modules, "trainkit.cluster.worker", worker)
     assert train_loop({"job": job}) is job
+    run.folder.begin_attempt()
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(train_loop, {"job": run.folder.job(1)})
+        waiting = pool.submit(train_loop, {"job": run.folder.job_path})
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.3)
-        hand_over(job, run.folder.job(1))
+        hand_over(job, run.folder.job_path)
         assert waiting.result(timeout=30) == job
     run.folder.begin_attempt()
-    assert not run.folder.job(1).exists(), "the next attempt's workers wait for their own"
+    assert not run.folder.job_path.exists(), "the next attempt's workers wait for their own"
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trainkit.data.arrays import TokenArrays, Writer, ragged
-from trainkit.data.feed import MicroBatch, StepBatch
+from trainkit.data.padding import MicroBatch, StepBatch
 from trainkit.inference import evaluate, predict
 from trainkit.inference.evaluate import Rank, evaluate_loss, evaluate_metrics
 from trainkit.inference.predict import batches
 from trainkit.planning.flops import Work
-from trainkit.training.model import TASKS
+from trainkit.training.tasks import TASKS
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "pad_token_id": 0}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-from trainkit.data.feed import MicroBatch
+from trainkit.data.padding import MicroBatch
 from trainkit.errors import DataError, ExportMismatch, TrainingError, UsageError
 from trainkit.inference import export
 from trainkit.inference.export import compare_logits, compare_tensors, export_model, link_model, merge_adapter, move_model
@@ -27,7 +27,8 @@ from trainkit.inference.predict import load_plain, predict
 from trainkit.planning.flops import Work
 from trainkit.recipe.reader import recipe_to_yaml
 from trainkit.recipe.schema import Recipe
-from trainkit.training.model import DTYPES, TASKS, build_model, write_first_weights
+from trainkit.training.model import DTYPES, build_model, write_first_weights
+from trainkit.training.tasks import TASKS
 
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.1}
 BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

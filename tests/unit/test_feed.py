@@ -9,7 +9,8 @@ import torch
 
 from trainkit.data import feed as feeds
 from trainkit.data.batches import Shape
-from trainkit.data.feed import Feed, Padding, Source, rectangle
+from trainkit.data.feed import Feed, Source
+from trainkit.data.padding import Padding, rectangle
 from trainkit.data.wire import WireCall, WireMicroBatch
 from trainkit.errors import DataError, TrainingError
 from trainkit.planning.flops import Work

@@ -114,7 +114,8 @@ def test_it_trains_as_plain_torch_does(groups: int, in_place: bool) -> None:
         adamw.step()
         assert train(flat, model, step) == pytest.approx(float(norm), rel=1e-5)
     for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(flat.whole(parameter), expected, rtol=1e-4, atol=1e-6)
+        with flat.whole(parameter) as value:
+            assert torch.allclose(value, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_blocks_memory_is_there_only_while_it_runs() -> None:
@@ -148,6 +149,19 @@ def test_a_block_whose_output_hides_its_tensors_is_refused() -> None:
         model(ids(0))
 
 
+def test_a_gradient_after_the_backward_of_its_block_is_refused() -> None:
+    model = Model()
+    flat, late = sharded(model), model.blocks[2].linear.weight
+
+    def comes_late(gradient: torch.Tensor) -> None:
+        late.grad = torch.zeros_like(late)
+
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: inputs[0].register_hook(comes_late) and None)
+    flat.begin()
+    with pytest.raises(TrainingError, match=r"comes after the backward of its block.*Write model.cuda_graphs: false"):
+        flat.watched(model(ids(0))).backward()
+
+
 def test_a_block_that_hands_its_input_through_is_none_of_its_business() -> None:
     blocks = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
     model = Model()
@@ -179,9 +193,10 @@ def test_one_parameter_is_read_and_written_whole() -> None:
     flat = sharded(model)
     weight, value = model.blocks[1].linear.weight, torch.arange(36.0).view(6, 6)
     flat.write(weight, value)
-    assert torch.equal(flat.whole(weight), value)
+    with flat.whole(weight) as whole:
+        assert torch.equal(whole, value)
     flat.write(model.embedding.weight, torch.ones(11, WIDTH))
-    flat.gather_rest()
+    flat.written()
     assert torch.equal(model.embedding.weight, torch.ones(11, WIDTH))
 
 

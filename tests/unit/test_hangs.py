@@ -119,7 +119,7 @@ def test_a_heart_measures_the_pieces_of_steps_after_the_first(tmp_path: Path, mo
     ]
     for step, piece, seconds in pieces:
         heart.begins(step, piece, in_step=piece in ("forward", "update"))
-        longest.append(heart.place[-1])
+        longest.append(heart.place.longest)
         now += seconds
     assert longest == [0, 0, 0, 60, 3, 5, 60, 5], "the most of any piece after the first step, and of its own kind"
 
@@ -161,7 +161,7 @@ def test_nobody_is_named_before_all_have_spoken() -> None:
 def test_a_heart_says_in_which_line_the_thread_stands(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "it")
     assert signs(folder, 2) == []
-    heart = Heart(folder, 1)
+    heart = Heart(RunFolder(folder.path, folder.begin_attempt()), 1)
     heart.begins(7, "forward and backward of micro-batch 2 of 2")
     heart.start()
     while not (found := signs(folder, 2)):
@@ -170,12 +170,14 @@ def test_a_heart_says_in_which_line_the_thread_stands(tmp_path: Path) -> None:
     heart.thread.join()
     (sign,) = found
     assert (sign.rank, sign.step, sign.pieces, sign.piece, sign.in_step) == (1, 7, 1, "forward and backward of micro-batch 2 of 2", True)
-    assert "/test_hangs.py:" in sign.line or "/folder.py:" in sign.line or "/hangs.py:" in sign.line
+    assert "/test_hangs.py:" in sign.line or "/mailbox.py:" in sign.line or "/hangs.py:" in sign.line
     assert heart.thread not in threading.enumerate()
-    (folder.ray / "sign-0.json").write_text("{torn")
-    assert signs(folder, 2) == [sign]
+    folder.sign_path(0).write_text("{torn")
+    assert signs(folder, 2) == [sign] and 0 <= time.time() - folder.last_sign_seconds() < 60
     folder.begin_attempt()
     assert signs(folder, 2) == []
+    heart._beat()
+    assert signs(folder, 2) == [], "that was a rank of the attempt before"
 
 
 def test_a_thread_stands_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:

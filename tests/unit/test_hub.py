@@ -15,12 +15,16 @@ import datasets
 import pytest
 from tiny_tokenizers import recipe_of
 
+from trainkit.cluster.decision import decide
 from trainkit.data import hub, source
 from trainkit.data.source import count_rows, load_rows
 from trainkit.data.tokens import load_tokenizer
 from trainkit.errors import DataError
+from trainkit.planning.facts import DataFacts
+from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
 
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 Make = Callable[..., Recipe]
 
 
@@ -124,6 +128,16 @@ def test_the_hub_counts_without_downloading(recipe: Make, monkeypatch: pytest.Mo
         count_rows(recipe(path="nyu-mll/glue", train="train[9999:]"))
     Builder.info = datasets.DatasetInfo()
     assert count_rows(recipe(path="nyu-mll/glue")).train_rows is None
+
+
+def test_a_run_counts_the_rows_that_the_hub_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = read_recipe(QUICKSTART)
+    told = decide(asked, QUICKSTART)
+    monkeypatch.setattr(source, "count_rows", lambda recipe: DataFacts(None, None))
+    untold = decide(asked, QUICKSTART)
+    assert (untold.plan.rows, untold.plan.total_steps, untold.unknown) == (None, 0, ())
+    assert untold.with_all_rows().plan == told.plan == told.with_all_rows().plan
+    assert told.plan.total_steps > 0 and told.plan.eval_rows
 
 
 def test_a_set_that_is_a_script_is_refused_with_the_way_out(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 OWNERS = {
     "yaml": ["recipe/reader.py"],
-    "deepspeed": ["training/engine.py", "training/checkpoint.py", "training/operators.py"],
+    "deepspeed": ["training/engine.py", "training/engine_states.py", "training/operators.py"],
     "ray": ["cluster/", "data/distributor.py", "inference/predict.py", "inference/serve.py"],
     "torch.utils.tensorboard": ["training/board.py"],
     "accelerate": ["training/model.py"],

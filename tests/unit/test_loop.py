@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trainkit.data.feed import MicroBatch, StepBatch
 from trainkit.data.order import set_hash
+from trainkit.data.padding import MicroBatch, StepBatch
 from trainkit.errors import NonFiniteError
 from trainkit.planning.flops import TrainingFlops, Work
 from trainkit.training.loop import Outcome, Surroundings, forward_and_backward, learning_rate, train

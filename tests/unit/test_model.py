@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import transformers
 from safetensors.torch import load_file
 
 from trainkit.data.batches import Shape
-from trainkit.data.feed import MicroBatch, Padding
+from trainkit.data.padding import MicroBatch, Padding
 from trainkit.data.wire import WireMicroBatch
 from trainkit.errors import DataError
 from trainkit.planning.flops import Work
 from trainkit.recipe.schema import Recipe
-from trainkit.training.model import TASKS, build_model, check_packing, load_config, model_facts, write_first_weights
+from trainkit.training.model import build_model, load_config, model_facts, write_first_weights
+from trainkit.training.tasks import TASKS, check_packing
 
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
 BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -208,3 +210,6 @@ def test_a_model_that_mixes_packed_rows_is_refused(llama: Path, tmp_path: Path) 
 
     with pytest.raises(DataError, match="packed in front"):
         check_packing(mixing, packed([5, 6, 7], [8, 9, 10, 11]))
+    one_row = replace(packed([5, 6, 7], [8, 9, 10, 11]), position_ids=torch.arange(9)[None])
+    with pytest.raises(DataError, match="packed in front"):  # the fullest sequence comes first, which may be a single row
+        check_packing(mixing, one_row)

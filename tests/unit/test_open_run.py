@@ -20,9 +20,10 @@ from trainkit.cluster.progress import Watch
 from trainkit.errors import RecipeError, UsageError
 from trainkit.recipe.reader import recipe_to_yaml
 from trainkit.runs import watching
-from trainkit.runs.folder import RunFolder, StepLog
+from trainkit.runs.folder import RunFolder
 from trainkit.runs.opened import Run, _flat
 from trainkit.runs.plot_run import NAMED_RANKS, run_picture
+from trainkit.runs.steps import StepLog
 
 QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"
 SUMMARY: dict[str, Any] = {"status": "completed", "steps": 3, "eval": {"step": 3, "loss": 0.5, "exact_match": 0.25}, "error": None}
@@ -41,6 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     recipe = trainkit.load_recipe(QUICKSTART)
     folder.write_recipe(recipe_to_yaml(recipe))
     folder.write_plan(trainkit.plan(recipe).to_json())
+    folder.begin_attempt()
     write_steps(folder, step(1), step(2), step(3))
     folder.write_summary(SUMMARY)
     return folder
@@ -367,7 +369,7 @@ def test_the_lines_of_a_watched_run_have_the_numbers_of_the_command(folder: RunF
     assert run.plan is not None
     watched, shown = watching.Lines()._view(run).words(), Watch(folder, run.plan.total_steps).look().words()
     assert watched == shown and "MFU 35.0 %" in shown and "1,400 tokens/s" in shown
-    (folder.ray / "phase").unlink()
+    folder.clear_phase()
     assert watching.Lines()._view(run).words()[1:] == shown[:2], "until the command that goes on has begun: step and loss"
 
 

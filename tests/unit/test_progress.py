@@ -15,7 +15,8 @@ from trainkit.cluster.launch import _ranks_told
 from trainkit.cluster.progress import LiveLine, PlainLines, View, Watch, counter, display
 from trainkit.data.handed import Handed
 from trainkit.errors import TrainingError
-from trainkit.runs.folder import RunFolder, StepLog
+from trainkit.runs.folder import RunFolder
+from trainkit.runs.steps import StepLog, keep_steps
 
 
 class FakeDistributors:
@@ -66,7 +67,9 @@ class Clock:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder.create(tmp_path, "small")
+    folder = RunFolder.create(tmp_path, "small")
+    folder.begin_attempt()
+    return folder
 
 
 def test_before_the_first_step_it_shows_the_phase_and_how_long_it_takes(folder: RunFolder) -> None:
@@ -129,7 +132,7 @@ def test_rates_of_an_attempt_that_is_gone_are_not_shown(folder: RunFolder) -> No
     log = StepLog(folder)
     for step in range(1, 31):
         log.append(line(step, 2.0, 1000, 0.1) | {"peak_memory_gib": [7.0]})
-    folder.keep_steps(28)
+    keep_steps(folder, 28)
     watch, log = Watch(folder, 110), StepLog(folder)
     assert watch.look().words() == ["starting the workers 0 s", "step 28/110", "loss 2.0000"]
     folder.write_phase("training")

@@ -305,6 +305,8 @@ def test_the_batch_of_another_tool_is_one_number(folder: Path) -> None:
         ("lora_r: 8", "write model.lora.r: 8"),
         ("adam_beta2: 0.95", "write optimizer.betas: [0.9, 0.95]"),
         ("eval_strategy: epoch", "write train.eval_steps: epoch"),
+        ("eval_strategy: no", "write data.eval: null"),
+        ("save_strategy: 'no'", "a run always keeps checkpoints"),
         ("load_in_4bit: true", "not available"),
         ("zero_stage: 2", "write zero: zero2"),
         ("optim: adafactor", "write optimizer.name: adamw"),

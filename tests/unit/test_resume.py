@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from trainkit.cluster.driver import _Run
-from trainkit.cluster.resume import LAYOUT, check_unfinished, resumed_recipe, run_to_resume, untraced
+from trainkit.cluster.resume import LAYOUT, check_unfinished, kept_budget, resumed_recipe, run_to_resume, untraced
 from trainkit.data.tokens import Prepared
 from trainkit.errors import DataError, UsageError
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
@@ -168,7 +168,7 @@ def test_the_layout_may_change(storage: Path, key: str) -> None:
     recipe = asked(storage, CHANGES[key])
     assert recipe != asked(storage)
     found = resumed_recipe(begun(asked(storage)), recipe)
-    assert found.model_copy(update={"batch": recipe.batch}) == recipe
+    assert found == recipe
 
 
 def test_all_of_the_layout_may_change_at_once(storage: Path) -> None:
@@ -234,11 +234,16 @@ def test_matrices_that_were_not_there_are_another_training(storage: Path) -> Non
         resumed_recipe(begun(asked(storage, "model.weights=pretrained")), with_lora)
 
 
-def test_the_budget_that_the_plan_chose_stays_while_the_layout_does(storage: Path) -> None:
-    folder, recipe = begun(asked(storage)), asked(storage, "train.epochs=9", "run.max_failures=0")
-    found = resumed_recipe(folder, recipe)
-    assert found.batch.tokens_per_device == BUDGET
-    assert found.model_copy(update={"batch": recipe.batch}) == recipe and recipe.batch.tokens_per_device == "auto"
+def test_the_budget_that_the_plan_chose_stays(storage: Path) -> None:
+    """Also under another layout, which then trains the same micro-batches; unless it is asked for, or the run is elastic."""
+    folder = begun(asked(storage))
+    assert kept_budget(folder, asked(storage, "train.epochs=9", "zero=zero3", "scaling.num_workers=1")) == BUDGET
+    assert kept_budget(folder, asked(storage, "batch.tokens_per_device=777")) is None
+    assert kept_budget(folder, asked(storage, "batch.samples_per_device=7")) is None
+    assert kept_budget(folder, asked(storage, "scaling.num_workers=[1, 2]")) is None
+    assert kept_budget(begun(asked(storage), budget=None), asked(storage)) is None
+    (folder.path / "plan.json").unlink()
+    assert kept_budget(folder, asked(storage)) is None
 
 
 def test_graphs_that_failed_stay_away_unless_they_are_asked_for(storage: Path) -> None:

@@ -30,7 +30,7 @@ class Engine:
     model = torch.nn.Linear(2, 2)
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.states, self.asked = self, 0
 
     def pieces(self) -> Iterator[Piece]:
         for number, state in enumerate(STATES):

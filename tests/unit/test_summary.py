@@ -112,6 +112,15 @@ def test_a_failed_run_keeps_its_steps_and_says_where() -> None:
     assert (found["error"]["rank"], found["error"]["step"]) == (1, 2)
 
 
+def test_a_failed_run_keeps_its_last_evaluation(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "it")
+    assert folder.read_evaluation(9) is None
+    folder.write_evaluation({"step": 2, "loss": 1.5})
+    found = summarize(PLAN, steps(3.0, 2.0), {}, TrainingError("killed"), 60.0, evaluation=folder.read_evaluation(2))
+    assert found["eval"] == {"step": 2, "loss": 1.5}
+    assert folder.read_evaluation(1) is None, "its step was dropped"
+
+
 def test_an_interrupted_run_is_not_a_failed_one() -> None:
     assert summarize(PLAN, steps(3.0), {"status": "interrupted", "steps": 1}, Interrupted("stopped"), 3.0)["status"] == "interrupted"
     assert summarize(PLAN, steps(3.0), {}, Interrupted("stopped at once"), 3.0)["status"] == "interrupted"

@@ -217,6 +217,8 @@ def test_telemetry_is_named_as_unused() -> None:
         ({"optimizer": {"type": "Lamb"}}, "whose optimizer.name is adamw"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, "write optimizer.lr: 3e-05 "),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "L2"),
+        ({"optimizer": {"type": "Adam", "params": {"torch_adam": False}}}, "torch's own: delete the key"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "clips by the norm"),
         ({"optimizer": {"type": "Adam", "params": {"betas": [0.8, 0.999]}}}, "write optimizer.betas: [0.8, 0.999] "),
         ({"optimizer": {"type": "Adam", "params": {"weight_decay": 0.01}}}, "write optimizer.weight_decay: 0.01 "),
         ({"scheduler": {"type": "WarmupLR"}}, "write optimizer.lr_scheduler_type: constant "),

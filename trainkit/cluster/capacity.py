@@ -22,9 +22,10 @@ class Node:
 
 
 def worker_resources(scaling: Scaling) -> dict[str, float]:
-    """What one worker takes, as in Ray's ScalingConfig: one CPU, and one GPU where GPUs are used, unless the recipe says otherwise."""
-    standard = {"CPU": 1.0, "GPU": 1.0} if scaling.use_gpu else {"CPU": 1.0}
-    return standard | (scaling.resources_per_worker or {})
+    """What one worker takes: one CPU, and one GPU where GPUs are used. What the recipe says counts instead, with a GPU, as in Ray's
+    ScalingConfig."""
+    given = {"CPU": 1.0} if scaling.resources_per_worker is None else scaling.resources_per_worker
+    return given | ({"GPU": given.get("GPU", 1.0)} if scaling.use_gpu else {})
 
 
 def label_selectors(scaling: Scaling, num_workers: int) -> list[Mapping[str, str]]:

@@ -17,7 +17,8 @@ from ray.train import ControllerError, WorkerGroupError
 
 from trainkit import errors
 from trainkit.errors import CapacityError, TrainingError, TrainkitError
-from trainkit.runs.folder import RunFolder, WorkerError
+from trainkit.runs.folder import RunFolder
+from trainkit.runs.mailbox import WorkerError
 
 # What gloo, NCCL and torch's watchdog say on a rank whose peer is gone, in lower case.
 _PEER_LOST = (

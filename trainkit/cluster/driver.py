@@ -28,13 +28,15 @@ from trainkit.cluster.session import cluster_address, environment, environment_s
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
 from trainkit.errors import DataError, Interrupted, TrainingError, TrainkitError, UsageError
-from trainkit.planning.planner import Plan, halved, with_micro_batches, without_graphs
+from trainkit.planning.plan import Plan
+from trainkit.planning.revision import halved, with_micro_batches, without_graphs
 from trainkit.planning.show import batch_equation, plan_text
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import checkpoints, copying, startup
 from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import LEASE_SECONDS, PREDECESSOR_SECONDS, RunFolder
+from trainkit.runs.steps import keep_steps
 from trainkit.runs.worked import WorkedTime
 from trainkit.units import format_bytes
 
@@ -93,7 +95,7 @@ class _Run:
     failures: list[Failure] = field(default_factory=list)  # of attempts of this command
     restarts: int = 0
     done: int = 0  # steps that this attempt began with
-    halvings: int = 0  # of the micro-batch budget
+    most: int | None = None  # of a micro-batch's budget, after want of memory
     told: set[str] = field(default_factory=set)  # notes of the plans before
     ungraphed: bool = False  # CUDA graphs, or the memory they take, have failed
     most_workers: int | None = None  # of the next attempt
@@ -129,7 +131,7 @@ class _Run:
             self._check_data(self._prepare(), checkpoint)
             startup.ended(self.folder, startup.ROWS)
         attempt, self.oom_kills = self.folder.begin_attempt(done < self.plan.total_steps), hardware.oom_kills()
-        for told in self.folder.keep_steps(done):
+        for told in keep_steps(self.folder, done):
             self._say(told, "yellow")
         if done or attempt > 1 or self.failures:
             self._say(f"going on from step {done}" if done else "no checkpoint yet: beginning again", "dim")
@@ -164,7 +166,7 @@ class _Run:
         if self.signals.taken or not verdict.again:
             raise error from failure
         self.restarts += 1
-        self.halvings += verdict.halve
+        self.most = halved(self.plan) if verdict.halve else self.most
         self.ungraphed |= verdict.ungraph
         self.most_workers = self.plan.world_size - 1 if verdict.shrink else None
         self._say(f"{error.message}\n{verdict.why}", "yellow")
@@ -180,9 +182,7 @@ class _Run:
     def _plan_on(self, nodes: Sequence[Node]) -> Plan:
         """For as many workers as these nodes have room for, and the budget that is left."""
         decided = self.decision.plan.world_size
-        plan = self.decision.with_workers(workers_on(nodes, self.recipe.scaling, self.most_workers or decided)).plan
-        for _ in range(self.halvings):
-            plan = halved(plan) or plan
+        plan = self.decision.with_workers(workers_on(nodes, self.recipe.scaling, self.most_workers or decided), self.most).plan
         plan = without_graphs(plan, "they, or their memory, may be what failed before") if self.ungraphed else plan
         if plan != self.without_data:
             self.folder.write_plan(plan.to_json())
@@ -316,10 +316,11 @@ def _recorded(run: _Run, began: float) -> dict[str, Any]:
     except Exception as failure:
         error = _unless_interrupted(_cause(failure, run), run)
     with run.signals.ignored():
+        steps = run.folder.read_steps()
         summary = summarize(
-            run.plan, run.folder.read_steps(), outcome, error, time.monotonic() - began, worked_seconds=run.worked.seconds(),
+            run.plan, steps, outcome, error, time.monotonic() - began, worked_seconds=run.worked.seconds(),
             startup_seconds=startup.startup_seconds(run.folder), ranks=run.folder.read_ranks(), failures=run.folder.failures(),
-            restarts=run.restarts,
+            restarts=run.restarts, evaluation=run.folder.read_evaluation(steps[-1]["step"] if steps else 0),
         )  # fmt: skip
         try:
             run.folder.write_summary(summary)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from trainkit.errors import TrainingError
 from trainkit.runs.files import write_whole
@@ -47,31 +48,41 @@ class Sign:
     waits: bool  # in a collective
 
 
+class Place(NamedTuple):
+    """Where a rank's main thread is, in the words of Sign."""
+
+    step: int = 0
+    pieces: int = 0
+    piece: str = "starting"
+    in_step: bool = False
+    longest: float = 0.0
+
+
 class Heart:
-    """One rank's signs of life, written by a thread every BEAT_SECONDS while it is entered."""
+    """One rank's signs of life, written by a thread every BEAT_SECONDS between `start` and `stop`."""
 
     def __init__(self, folder: RunFolder, rank: int):
-        self.path, self.rank = _path(folder, rank), rank
-        self.place: tuple[int, int, str, bool, float] = (0, 0, "starting", False, 0.0)  # step, pieces, piece, in_step, longest
+        self.path, self.rank = folder.sign_path(rank), rank
+        self.place = Place()
         self.since, self.first_step = time.monotonic(), -1
-        self.longest, self.of_kind = (
-            0.0,
-            dict[str, float](),
-        )  # seconds of the pieces of steps after the first, and of each kind in all steps
+        self.longest = 0.0  # seconds of a piece of a step after the first
+        self.of_kind: dict[str, float] = {}  # the same of each kind of piece, in all steps
         self.stopped, self.main = threading.Event(), threading.get_ident()
         self.thread = threading.Thread(target=self._beat, name="heart", daemon=True)
 
     def begins(self, step: int, piece: str, in_step: bool = True) -> None:
         """Called by the main thread at the beginning of every piece of work."""
-        now, (before, pieces, ended, was_in_step, _) = time.monotonic(), self.place
-        if was_in_step:
-            seconds, kind = now - self.since, _kind(ended)
+        now, ended = time.monotonic(), self.place
+        if ended.in_step:
+            seconds, kind = now - self.since, _kind(ended.piece)
             self.of_kind[kind] = max(self.of_kind.get(kind, 0.0), seconds)
-            self.longest = max(self.longest, seconds if before > self.first_step else 0.0)
+            self.longest = max(self.longest, seconds if ended.step > self.first_step else 0.0)
         if in_step and self.first_step < 0:
             self.first_step = step
+        first = step <= self.first_step  # in which one shape may be compiled in no time, and the next one in minutes
+        longest = 0.0 if first else max(self.longest, self.of_kind.get(_kind(piece), 0.0))
         self.since = now
-        self.place = step, pieces + 1, piece, in_step, max(self.longest, self.of_kind.get(_kind(piece), 0.0))
+        self.place = Place(step, ended.pieces + 1, piece, in_step, longest)
 
     def start(self) -> None:
         self.thread.start()
@@ -95,7 +106,7 @@ def signs(folder: RunFolder, world_size: int) -> list[Sign]:
     found = []
     for rank in range(world_size):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            found.append(Sign(**json.loads(_path(folder, rank).read_text("utf-8"))))
+            found.append(Sign(**json.loads(folder.sign_path(rank).read_text("utf-8"))))
     return found
 
 
@@ -196,7 +207,3 @@ def _stack(thread: int) -> list[tuple[str, str, str]]:
 
 def _kind(piece: str) -> str:
     return re.sub(r"\d+", "", piece)
-
-
-def _path(folder: RunFolder, rank: int) -> Path:
-    return folder.ray / f"sign-{rank}.json"

@@ -8,20 +8,18 @@ owner of retries, and it is not Ray.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainkit.cluster.building import build_operators
 from trainkit.cluster.capacity import Node, worker_nodes, worker_resources
-from trainkit.cluster.hangs import Stillnesses, signs
-from trainkit.cluster.job import Job, functions_by_value, hand_over, train_loop
-from trainkit.cluster.progress import Display, View, Watch
+from trainkit.cluster.fit import Fit
+from trainkit.cluster.job import Job, hand_over, train_loop
+from trainkit.cluster.progress import Display
 from trainkit.cluster.session import (
-    Head,
-    draining_nodes,
     environment,
     environment_settings,
     living_nodes,
@@ -30,7 +28,8 @@ from trainkit.cluster.session import (
 )
 from trainkit.cluster.signals import Signals
 from trainkit.errors import CapacityError, UsageError
-from trainkit.planning.planner import Plan, joins_shapes
+from trainkit.planning.plan import Plan
+from trainkit.planning.speed import joins_shapes
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import startup
 from trainkit.runs.checkpoints import Checkpoint
@@ -87,13 +86,13 @@ def launch(asked: Launch, display: Display, signals: Signals, stop: Callable[[],
         nodes = _enough(nodes, asked)
         asked = replace(asked, plan=asked.plan_on(nodes))
         nodes = worker_nodes(nodes, asked.recipe.scaling, asked.plan.world_size)
-        early = asked.folder.job(asked.attempt) if asked.address is None else None
-        fit = None if early is None else _Fit(_trainer(asked, early))
+        early = asked.folder.job_path if asked.address is None else None
+        fit = None if early is None else Fit(_trainer(asked, early))
         asked, job = _job(asked, nodes, display, settings, (lambda: None) if fit is None else fit.check)
         startup.ended(asked.folder, startup.DATA)
         if early is not None:
             hand_over(job, early)
-        fit = fit or _Fit(_trainer(asked, job))
+        fit = fit or Fit(_trainer(asked, job))
         with signals.softly(stop), _ranks_told(asked, job.distributors):
             return fit.watched(asked, display)
 
@@ -124,56 +123,6 @@ def _enough(nodes: list[Node], asked: Launch) -> list[Node]:
 def _first_step(asked: Launch) -> int:
     """Of this attempt, one of the run's."""
     return min(asked.plan.total_steps, 1 + (0 if asked.checkpoint is None else asked.checkpoint.step))
-
-
-def _build_operators(nodes: Sequence[Node], asked: Launch, display: Display, check: Callable[[], None]) -> None:
-    """Compile what DeepSpeed will load, on every node where a worker can come to run, before a worker needs it.
-
-    Raises UsageError, with the node's name, if that fails on one of them.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from trainkit.training import operators
-
-    needed = operators.needed(asked.plan)
-    names = needed if asked.address else operators.missing(needed)  # of other machines only a task there can know
-    if not names:
-        return
-    build, logs = ray.remote(num_cpus=0, max_retries=0)(operators.build_missing), asked.folder.ray
-    tasks = {
-        build.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(names, _log(logs, node)): node
-        for node in nodes
-    }
-    waiting, began = list(tasks), time.monotonic()
-    with display:
-        while waiting:
-            display.show(View("preparing DeepSpeed's operators, compiled once per machine,", time.monotonic() - began))
-            check()
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_LOOK_SECONDS)
-    for task, node in tasks.items():
-        _check_built(task, node, names, _log(logs, node))
-
-
-def _log(folder: Path, node: Node) -> Path:
-    return folder / f"operators-{node.id[:8]}.log"
-
-
-def _check_built(task: Any, node: Node, names: Sequence[str], log: Path) -> None:
-    import ray
-
-    try:
-        built = ray.get(task)
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None) or error
-        raise UsageError(
-            f"node {node.name}: DeepSpeed's {', '.join(names)} cannot be built there: {type(cause).__name__}: {cause}"
-        ) from error
-    if not built:
-        raise UsageError(
-            f"node {node.name}: DeepSpeed's {', '.join(names)} cannot be compiled: g++ and the Python headers are needed. "
-            f"The compiler says: {log}"
-        )
 
 
 @contextlib.contextmanager
@@ -249,7 +198,7 @@ def _job(asked: Launch, nodes: Sequence[Node], display: Display, settings: dict[
     with undivided(settings):
         ready = asked.ready(check)
     startup.ended(asked.folder, startup.ROWS)
-    _build_operators(nodes, asked, display, check)
+    build_operators(nodes, asked, display, check)
     check()
     distributors = make_distributors(_feedings(asked, ready.prepared), [node.id for node in nodes])
     shapes = distributors.shapes("train", _first_step(asked), _STEPS_LOOKED_AT)
@@ -285,72 +234,3 @@ def _feedings(asked: Launch, prepared: Prepared) -> dict[str, Any]:
         for split, (folder, shuffle, joined) in splits.items()
         if folder is not None
     }
-
-
-class _Fit:
-    """`TorchTrainer.fit` in a thread of its own."""
-
-    def __init__(self, trainer: Any):
-        self.trainer, self.ended = trainer, threading.Event()
-        self.result: list[Any] = []
-        self.head = Head.found()
-        threading.Thread(target=self._fit, name="fit", daemon=True).start()
-
-    def _fit(self) -> None:
-        try:
-            with functions_by_value():
-                self.result.append(self.trainer.fit().return_value)
-        except BaseException as error:
-            self.result.append(error)
-        finally:
-            self.ended.set()
-
-    def check(self) -> None:
-        """Raises what ended the workers, or TrainingError when Ray itself was ended."""
-        self.head.check()
-        self.outcome()
-
-    def outcome(self) -> Any:
-        """What `fit` has returned, None as long as it has not; raises what it raised."""
-        result = self.result[0] if self.result else None
-        if isinstance(result, BaseException):
-            raise result
-        return result
-
-    def watched(self, asked: Launch, display: Display) -> dict[str, Any]:
-        """To its end; raises what it raises, and the TrainingError of a rank that hangs."""
-        from trainkit.cluster.causes import told_by_a_rank
-
-        watch, notices = Watch(asked.folder, asked.plan.total_steps, by_rank=asked.verbose), _Notices(asked)
-        stillnesses = Stillnesses(asked.plan.world_size, lambda: signs(asked.folder, asked.plan.world_size))
-        with display:
-            while not self.ended.wait(_LOOK_SECONDS):
-                still = stillnesses.look()
-                if still is not None and still.hangs:
-                    raise told_by_a_rank(asked.folder) or still.error()
-                display.show(watch.look() if still is None else View(f"{still.text()},", still.seconds))
-                self.check()
-                notices.look()
-                if note := asked.folder.take_note():
-                    asked.say(note)
-            display.show(watch.look())
-        outcome: dict[str, Any] = self.outcome()
-        return outcome
-
-
-class _Notices:
-    """Asks for a checkpoint when a node of a joined cluster is about to go away."""
-
-    def __init__(self, asked: Launch):
-        self.folder, self.joined = asked.folder, asked.address is not None
-        self.known: set[str] = set()
-        self.looked = time.monotonic()
-
-    def look(self) -> None:
-        if not self.joined or time.monotonic() - self.looked < _NOTICE_SECONDS:
-            return
-        self.looked = time.monotonic()
-        leaving = draining_nodes()
-        if leaving - self.known:
-            self.folder.request_save()
-        self.known |= leaving

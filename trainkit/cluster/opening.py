@@ -12,7 +12,7 @@ from pathlib import Path
 from trainkit.cluster import hardware
 from trainkit.cluster.capacity import workers_here
 from trainkit.cluster.decision import Decision, decide
-from trainkit.cluster.resume import check_unfinished, resumed_recipe, run_to_resume
+from trainkit.cluster.resume import check_unfinished, kept_budget, resumed_recipe, run_to_resume
 from trainkit.errors import DataError, UsageError
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
@@ -43,9 +43,11 @@ def opened(wish: Recipe, path: Path | None, name: str | None, resume: bool, addr
     before = run_to_resume(wish, path, name) if resume else None
     recipe = wish if before is None else resumed_recipe(before, wish)
     check_storage(recipe.run.storage_path, recipe.name, None if before else name)
-    decision = decide(recipe, path)
-    if address is None and not decision.unknown:
-        decision = decision.with_workers(workers_here(hardware.local_resources(), recipe.scaling, decision.plan.world_size))
+    decision = decide(recipe, path, most=None if before is None else kept_budget(before, recipe))
+    if not decision.unknown:
+        decision = decision.with_all_rows()
+        if address is None:
+            decision = decision.with_workers(workers_here(hardware.local_resources(), recipe.scaling, decision.plan.world_size))
     show(decision.plan)
     if decision.unknown:  # a run needs what a mere plan may leave unknown
         raise DataError("\n".join(decision.unknown))

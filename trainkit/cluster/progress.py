@@ -20,7 +20,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 
 from trainkit.markup import plain
-from trainkit.runs.folder import RunFolder, StepTail
+from trainkit.runs.folder import RunFolder
+from trainkit.runs.steps import StepTail, kept_steps
 from trainkit.units import format_count, format_seconds, gib
 
 TRAINING = "training"
@@ -130,7 +131,7 @@ class Watch:
 
     def __init__(self, folder: RunFolder, total_steps: int, clock: Callable[[], float] = time.monotonic, by_rank: bool = False):
         self.folder, self.total, self.clock, self.by_rank = folder, total_steps, clock, by_rank
-        self.tail, self.so_far = StepTail(folder), SoFar(folder.kept_steps())
+        self.tail, self.so_far = StepTail(folder), SoFar(kept_steps(folder))
         self.phase, self.since = "", clock()
 
     def look(self) -> View:

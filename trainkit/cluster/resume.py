@@ -41,8 +41,7 @@ def run_to_resume(recipe: Recipe, path: Path | None, name: str | None) -> RunFol
 
 
 def resumed_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
-    """The recipe to go on with. A budget that the plan once chose stays while the layout does; CUDA graphs that could not be made are not
-    tried again.
+    """The recipe to go on with. CUDA graphs that could not be made are not tried again.
 
     Raises UsageError naming each changed key that defines the training.
     """
@@ -57,16 +56,19 @@ def resumed_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
         )
     if recipe.model.cuda_graphs is None and any(failure["kind"] == CaptureError.__name__ for failure in folder.failures()):
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"cuda_graphs": False})})
-    budget = _budget(folder)
-    if (
-        before.batch.tokens_per_device == recipe.batch.tokens_per_device == "auto"
-        and recipe.batch.samples_per_device is None
-        and budget
-        and isinstance(recipe.scaling.num_workers, int)  # an elastic run plans anew for the workers that it finds
-        and _layout(before) == _layout(recipe)
-    ):
-        return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"tokens_per_device": budget})})
     return recipe
+
+
+def kept_budget(folder: RunFolder, recipe: Recipe) -> int | None:
+    """Of a micro-batch, as the run's plan had it, so that a run that goes on with fewer workers trains the same micro-batches; None where
+    the recipe asks for another one, or the run is elastic: it plans anew for the workers that it finds.
+    """
+    before = _began_with(folder).batch
+    asked = "tokens_per_device" if recipe.batch.samples_per_device is None else "samples_per_device"
+    if getattr(before, asked) != getattr(recipe.batch, asked) or not isinstance(recipe.scaling.num_workers, int):
+        return None
+    plan = folder.read_plan() if (folder.path / "plan.json").is_file() else {}  # a run may be killed before its plan is written
+    return plan.get(asked)
 
 
 def check_unfinished(folder: RunFolder, total_steps: int) -> None:
@@ -96,16 +98,6 @@ def _recipe_name(folder: RunFolder) -> str | None:
         return _began_with(folder).name
     except RecipeError:
         return None
-
-
-def _budget(folder: RunFolder) -> int | None:
-    """None where the run was killed before its plan was written."""
-    return folder.read_plan().get("tokens_per_device") if (folder.path / "plan.json").is_file() else None
-
-
-def _layout(recipe: Recipe) -> tuple[object, ...]:
-    """What a chosen budget depends on."""
-    return recipe.scaling, recipe.zero, recipe.model.gradient_checkpointing
 
 
 def _runs(storage: Path) -> Iterator[RunFolder]:

@@ -51,7 +51,7 @@ def cluster_address(address: str | None) -> str | None:
 def environment_settings(recipe: Recipe, local: bool) -> dict[str, str]:
     """Every environment variable that a run sets, here and for the workers; one that the user has set stays as it is."""
     settings = {
-        "OMP_NUM_THREADS": str(max(1, int(worker_resources(recipe.scaling)["CPU"]))),  # the worker's share, not all cores each
+        "OMP_NUM_THREADS": str(max(1, int(worker_resources(recipe.scaling).get("CPU", 1)))),  # the worker's share, not all cores each
         "TOKENIZERS_PARALLELISM": "false",  # workers tokenize nothing; avoids the warning about forks
         "HF_HUB_DISABLE_TELEMETRY": "1",  # nobody is told what is trained
         "RAY_USAGE_STATS_ENABLED": "0",  # the same for Ray

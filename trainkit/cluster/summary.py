@@ -33,9 +33,11 @@ def summarize(
     ranks: Sequence[Mapping[str, Any]] = (),
     failures: Sequence[Mapping[str, Any]] = (),
     restarts: int = 0,
+    evaluation: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """`outcome` is rank 0's, empty if it left none; `ranks` what each measured last.
 
+    evaluation: the last one of a run that left no outcome.
     startup_seconds: to the first step of the last attempt, by piece (runs/startup.py).
     `seconds` counts optimizer steps alone, `wall_seconds` the whole command, `worked_seconds` all commands on this run (0: not known).
     """
@@ -43,7 +45,7 @@ def summarize(
     return {
         "status": status(outcome, error),
         **added_up,
-        "eval": outcome.get("eval"),
+        "eval": outcome.get("eval", evaluation),
         "wall_seconds": wall_seconds,
         "startup_seconds": dict(startup_seconds or {}),
         "goodput": rate(added_up["seconds"], worked_seconds),

@@ -14,8 +14,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from trainkit.planning.facts import LENGTH_STEP
+
 _SLACK_RUNS, _SLACK_SAMPLES = 4, 1 << 15  # how far a cut may be off an even pace: so many runs, or of runs × samples so much
-LENGTH_STEP = 8  # padded lengths are rounded up to this: few shapes, and matrix sizes that tensor cores like
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainkit.data.batches import LENGTH_STEP, Budget, Catalogue, LinedUp, Part, Shape
+from trainkit.data.batches import Budget, Catalogue, LinedUp, Part, Shape
 from trainkit.data.order import samples_of_step
+from trainkit.planning.facts import LENGTH_STEP
 
 SHAPES = 64  # of a catalogue
 ALIGNED_FROM = 64  # lengths from here on are multiples of LENGTH_STEP; for shorter ones that would take 4 to 12 % more tokens

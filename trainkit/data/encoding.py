@@ -14,10 +14,10 @@ import numpy as np
 
 from trainkit.data import chat, templates
 from trainkit.errors import DataError
+from trainkit.planning.facts import DEFAULT_LENGTH
 from trainkit.recipe.schema import Recipe
 
 IGNORED = -100
-DEFAULT_LENGTH = 512
 Row = dict[str, Any]
 
 

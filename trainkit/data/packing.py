@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainkit.data.batches import LENGTH_STEP, Budget, Part, Shape, multiple
+from trainkit.data.batches import Budget, Part, Shape, multiple
+from trainkit.planning.facts import LENGTH_STEP
 
 _WELL_FILLED = 0.88  # share of real tokens from which on packed micro-batches stay equal
 

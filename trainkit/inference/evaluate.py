@@ -6,16 +6,16 @@ Under ZeRO-3 every forward is a collective, so all ranks run equally many batche
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainkit.data.feed import IGNORED_LABEL, StepBatch
+from trainkit.data.padding import IGNORED_LABEL, StepFeed
 from trainkit.inference.metrics import CLASS_METRICS, TEXT_METRICS
 from trainkit.inference.predict import Rank, answering, classify, decoded, generate
-from trainkit.training.model import base_model
+from trainkit.training.tasks import base_model
 
 if TYPE_CHECKING:
     from trainkit.data.tokens import TokenArrays
@@ -25,10 +25,6 @@ __all__ = ["Rank", "evaluate_loss", "evaluate_metrics"]
 
 SHOWN = 3  # examples on a run's last screen
 Example = dict[str, str]
-
-
-class StepFeed(Protocol):
-    def micro_batches(self, step: int) -> StepBatch: ...
 
 
 def evaluate_loss(engine: Engine, feed: StepFeed, num_steps: int) -> dict[str, float]:

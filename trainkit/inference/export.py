@@ -18,13 +18,15 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from trainkit.data.encoding import DEFAULT_LENGTH
-from trainkit.data.feed import MicroBatch, moved
+from trainkit.data.padding import MicroBatch, moved
 from trainkit.errors import ExportMismatch, TrainingError, TrainkitError, UsageError
 from trainkit.inference.predict import exported_tokenizer, load_plain, load_run_model, open_run
+from trainkit.planning.facts import DEFAULT_LENGTH
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.files import linked, write_whole
-from trainkit.training.model import DTYPES, TASKS, base_model, persistent_buffers
+from trainkit.training.model import DTYPES, persistent_buffers
+from trainkit.training.out_of_memory import free_bytes
+from trainkit.training.tasks import TASKS, base_model
 
 if TYPE_CHECKING:
     from trainkit.training.engine import Engine
@@ -224,6 +226,6 @@ def _few_rows(batch: MicroBatch) -> MicroBatch:
 def _roomy_device(whole: Tensors, batch: MicroBatch) -> torch.device:
     """The batch's device if the model fits there twice, else the CPU."""
     device = batch.input_ids.device
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2 * sum(tensor.nbytes for tensor in whole.values()):
+    if device.type == "cuda" and free_bytes(device) < 2 * sum(tensor.nbytes for tensor in whole.values()):
         return torch.device("cpu")
     return device

@@ -17,13 +17,14 @@ from transformers.integrations import deepspeed as zero3_setting
 from transformers.utils import logging as transformers_logging
 
 from trainkit.data import templates
-from trainkit.data.encoding import DEFAULT_LENGTH
-from trainkit.data.feed import rectangle
+from trainkit.data.padding import rectangle
 from trainkit.data.tokens import load_tokenizer
 from trainkit.errors import DataError, UsageError
+from trainkit.planning.facts import DEFAULT_LENGTH
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
-from trainkit.training.model import base_model, load_exported
+from trainkit.training.model import load_exported
+from trainkit.training.tasks import base_model
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 32_768  # of one batch: padded prompts and what is generated

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LENGTH_STEP = 8  # padded lengths are rounded up to this: few shapes, and matrix sizes that tensor cores like
+DEFAULT_LENGTH = 512  # tokens of a row, where the recipe has no limit
+
 
 @dataclass(frozen=True)
 class Parameter:

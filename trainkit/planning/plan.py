@@ -49,6 +49,7 @@ class Plan:
     memory: Memory | None  # None: the model is not known
     memory_without_graphs: Memory | None = None  # the same, where CUDA graphs are planned and may be given up
     evaluates: bool = True
+    attention: str | None = None  # as transformers calls it; None: the model is not known
     compile_blocks: bool = False
     selective_checkpointing: bool = False  # what compiled blocks can compute again at little cost is not kept for backward
     compiled_shapes: tuple[tuple[int, int, int], ...] = ()  # rows, source and target of those that have kernels of their own
@@ -62,6 +63,7 @@ class Plan:
     activation_bytes_per_token: int | None = None  # at most, per padded token of a micro-batch; None: the model is not known
     expected_activation_bytes: int | None = None  # on the device, at most, in the first steps, once their micro-batches are known
     expected_peak_bytes: int | None = None  # with the model states
+    largest_micro_batch_tokens: int | None = None  # padded, in the first steps, once they are known
     flops: TrainingFlops | None = None  # None: a count would mislead
     peak_flops: float | None = None  # of one device, per second; None: not known
 

@@ -6,14 +6,13 @@ unknown: 0 for numbers that training counts with, None for the rest; such a plan
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from trainkit.errors import DoesNotFit, Fault, RecipeError
 from trainkit.planning.deepspeed_config import resolve
-from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
-from trainkit.planning.flops import Work, peak_flops, training_flops
+from trainkit.planning.facts import DEFAULT_LENGTH, LENGTH_STEP, DataFacts, Hardware, ModelFacts
+from trainkit.planning.flops import peak_flops, training_flops
 from trainkit.planning.memory import (
     BIASED_ATTENTION,
     CATEGORIES,
@@ -22,20 +21,14 @@ from trainkit.planning.memory import (
     model_state_bytes,
 )
 from trainkit.planning.plan import Fit, Plan
+from trainkit.planning.speed import UNUSED_BY_GRAPHS, compiles_blocks, what_keeps_graphs_away
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import SHIPPED, ZeroConfig, read_zero
-from trainkit.units import format_bytes, format_seconds
+from trainkit.units import format_bytes
 
-Rectangle = tuple[int, int, int]  # rows, source and target of a micro-batch, padded
 CPU_TOKENS = 4096
-LENGTH_STEP = 8  # padded lengths are multiples of it, as in data/batches.py, which stands above this room
 ACTIVATION_SHARE = 0.8  # of what the model states leave free: the rest is the allocator's, the kernels' and the communicator's
-DEFAULT_LENGTH = 512
-UNCOMPILED_MFU = 0.15  # a GPU's, in the kernels of plain torch: T5-large on an H200
-COMPILED_SHAPES = 2  # at most, of which each has kernels of its own: those for any sizes take as long to compile as those for two
-COMPILED_FROM_SECONDS = 240  # of a run's work in those kernels: a compiler takes away a fifth to two fifths, and takes about a minute
 FASTEST = "zero1"  # of the shipped configurations, where it fits (benchmarks/RESULTS.md)
-GRAPHS_MEMORY = 1.4  # times the most that activations may take; twice what they took where it was measured
 
 
 @dataclass(frozen=True)
@@ -48,13 +41,18 @@ class _Steps:
     warmup_steps: int
 
 
-def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: DataFacts, hardware: Hardware) -> Plan:
-    """Raises RecipeError for a precision that the model cannot take, DoesNotFit if the model states exceed the device's memory."""
+def make_plan(
+    recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: DataFacts, hardware: Hardware, most: int | None = None
+) -> Plan:
+    """most: no larger budget of a micro-batch than this, in tokens, or in rows where the recipe counts rows.
+
+    Raises RecipeError for a precision that the model cannot take, DoesNotFit if the model states exceed the device's memory.
+    """
     check_precision(recipe, model, hardware)
     world_size = _world_size(recipe)
     ds_config = resolve(recipe, zero, model, world_size, hardware)
     memory = plain = None if model is None else model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config)
-    no_graphs = _what_keeps_graphs_away(recipe, zero, ds_config, model, hardware)
+    no_graphs = what_keeps_graphs_away(recipe, zero, ds_config, model, hardware)
     if model is not None and no_graphs is None:
         memory = model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config, graphs=True)
         if hardware.memory_bytes is not None and memory.device_total > hardware.memory_bytes:
@@ -66,7 +64,7 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
     _check_capacity(zero, memory, fits, world_size, hardware)
     steps = _steps(recipe, data)
     _check_profile(recipe, steps)
-    batch = _batch(recipe, model, memory, world_size, hardware)
+    batch = _batch(recipe, model, memory, world_size, hardware, most)
     return Plan(
         recipe_name=recipe.name,
         world_size=world_size,
@@ -77,7 +75,7 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         precision=recipe.model.precision,
         samples_per_step=recipe.batch.samples,
         tokens_per_device=batch.tokens,
-        samples_per_device=recipe.batch.samples_per_device,
+        samples_per_device=batch.rows,
         rows=steps.rows,
         eval_rows=data.eval_rows,
         steps_per_epoch=steps.steps_per_epoch,
@@ -93,11 +91,12 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         ds_config=ds_config,
         memory=memory,
         memory_without_graphs=plain if no_graphs is None else None,
-        compile_blocks=_compiles(recipe, zero),
+        attention=None if model is None else model.attn_implementation,
+        compile_blocks=compiles_blocks(recipe, zero),
         selective_checkpointing=recipe.model.gradient_checkpointing == "selective",
         cuda_graphs=no_graphs is None,
         no_graphs=no_graphs,
-        notes=_notes(recipe, zero, ds_config, batch, hardware) + _faster_stage(zero, fits, hardware),
+        notes=_notes(recipe, zero, ds_config, batch, hardware, no_graphs is None) + _faster_stage(zero, fits, hardware),
         zero_name=zero.name,
         device_name=hardware.name,
         device_memory=hardware.memory_bytes,
@@ -106,66 +105,6 @@ def make_plan(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | None, data: 
         flops=None if model is None else training_flops(model),
         peak_flops=peak_flops(hardware.name, recipe.model.precision),
     )
-
-
-def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectangle, int]], steps: int, left: int) -> Plan:
-    """The plan once the data is known: its peak on a GPU, and whether compiling and CUDA graphs pay, unless the recipe asks for them.
-
-    uses: rows, source and target of each shape of micro-batches, and how often it occurs in so many steps, over all ranks.
-    left: steps that are still to be trained. Micro-batches that are not captured need memory of their own beside the CUDA graphs': where
-    both may not fit, there are none. With graphs a compiler saves work, not launches: a run that has too little of it would wait longer
-    for the compiler than it gains. One that knows all sizes makes faster kernels in less time: it is told them where there are few shapes.
-    """
-    if plan.memory is None or plan.activation_bytes_per_token is None or not plan.use_gpu:
-        return plan
-    largest = max(rows * (source + target) for (rows, source, target), _ in uses)
-    activations = largest * plan.activation_bytes_per_token
-    states, at_step = sum(plan.memory.device.values()), plan.memory.device_at_step
-    beside = max(states + GRAPHS_MEMORY * activations, at_step + GRAPHS_MEMORY / 2 * activations)
-    notes = list(plan.notes)
-    if plan.cuda_graphs and plan.device_memory is not None and beside > plan.device_memory:
-        both = "micro-batches that are not captured need memory of their own beside the CUDA graphs'"
-        if recipe.model.cuda_graphs is None:
-            plan = without_graphs(plan, both)
-            notes.append(f"no CUDA graphs: {both}")
-        else:
-            notes.append(f"{both}: both may not fit")
-    memory, compiles = plan.memory, plan.compile_blocks
-    assert memory is not None
-    asked = recipe.model.compile is not None or plan.selective_checkpointing
-    if compiles and plan.cuda_graphs and not asked and plan.flops is not None and plan.peak_flops is not None:
-        work = sum(count * plan.flops.of(_work(*shape)) for shape, count in uses) / steps * left
-        seconds = work / (UNCOMPILED_MFU * plan.peak_flops * plan.world_size)
-        compiles = seconds >= COMPILED_FROM_SECONDS
-        if not compiles:
-            notes.append(f"blocks are not compiled: about {format_seconds(seconds)} of work, less than what would pay for the compiler")
-    return replace(
-        plan,
-        expected_activation_bytes=activations,
-        expected_peak_bytes=max(sum(memory.device.values()) + activations, memory.device_at_step),
-        compile_blocks=compiles,
-        compiled_shapes=tuple(sorted((*shape,) for shape, _ in uses)) if compiles and len(uses) <= COMPILED_SHAPES else (),
-        notes=tuple(notes),
-    )
-
-
-def without_graphs(plan: Plan, why: str) -> Plan:
-    """The same plan with forward, backward and the optimizer step as DeepSpeed does them."""
-    if not plan.cuda_graphs:
-        return plan
-    return replace(plan, cuda_graphs=False, no_graphs=why, memory=plan.memory_without_graphs, memory_without_graphs=None)
-
-
-def _work(rows: int, source: int, target: int) -> Work:
-    return Work(rows * source, rows * target, rows * source**2, rows * target**2, rows * source * target)
-
-
-def joins_shapes(recipe: Recipe) -> bool:
-    """Whether micro-batches are padded to few shapes, for CUDA graphs: on GPUs, save for what never has graphs.
-
-    Under all ZeRO stages, because dropout is drawn by shapes, and a run that is resumed may change its stage.
-    """
-    return recipe.scaling.use_gpu and recipe.model.task != "classification" and recipe.model.precision != "fp16"
 
 
 def row_tokens(recipe: Recipe) -> int:
@@ -178,18 +117,6 @@ def row_tokens(recipe: Recipe) -> int:
 def micro_batches(samples: int, rows_per_micro_batch: int, world_size: int) -> int:
     """k: the smallest multiple of the world size that holds the step's rows."""
     return -(-samples // (rows_per_micro_batch * world_size)) * world_size
-
-
-def halved(plan: Plan) -> Plan | None:
-    """The plan with half the budget of a micro-batch and the same global batch; None where a micro-batch is one row of full length."""
-    rows_per_worker = -(-plan.samples_per_step // plan.world_size)
-    if plan.accumulation >= rows_per_worker:
-        return None
-    accumulation = min(2 * plan.accumulation, rows_per_worker)
-    smaller = replace(plan, accumulation=accumulation, micro_batches_per_step=accumulation * plan.world_size)
-    if plan.samples_per_device is not None:
-        return replace(smaller, samples_per_device=plan.samples_per_device // 2)
-    return replace(smaller, tokens_per_device=(plan.tokens_per_device or 0) // 2)
 
 
 def shipped_fits(recipe: Recipe, model: ModelFacts | None, hardware: Hardware) -> tuple[Fit, ...]:
@@ -225,48 +152,6 @@ def check_precision(recipe: Recipe, model: ModelFacts | None, hardware: Hardware
         message += f"Write model.precision: {'fp32' if biased else 'fp16 (or fp32)'}"
     if message is not None:
         raise RecipeError(faults=(Fault(recipe.name, None, "model.precision", message),))
-
-
-def _compiles(recipe: Recipe, zero: ZeroConfig) -> bool:
-    """The compiler times kernels and takes the fastest, which may be another one the next time: not with train.deterministic."""
-    if recipe.model.compile is None and recipe.model.gradient_checkpointing != "selective":
-        return recipe.scaling.use_gpu and zero.stage < 3 and not recipe.train.deterministic
-    return recipe.model.compile is not False
-
-
-def _what_keeps_graphs_away(
-    recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], model: ModelFacts | None, hardware: Hardware
-) -> str | None:
-    """Why there are no CUDA graphs of forward and backward: the recipe's wish, or what keeps these from being captured."""
-    accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", recipe.model.precision)
-    reduced, section = ds_config.get("communication_data_type", recipe.model.precision), ds_config["zero_optimization"]
-    reasons = {
-        "a CPU has none": hardware.device == "cpu",
-        "ZeRO-2 works on gradients in the middle of them": zero.stage == 2,
-        "offloaded parameters come from the host in the middle of them": zero.offload_param,
-        "ZeRO++ gathers and reduces in its own ways in the middle of them": _is_zero_plus_plus(section),
-        "the optimizer's offload works on gradients in the middle of them": zero.offload_optimizer,
-        "overlap_comm works on gradients in the middle of them": zero.stage < 3 and bool(section.get("overlap_comm")),
-        "grad_accum_dtype sums gradients in another type": accumulated != recipe.model.precision,
-        "communication_data_type reduces gradients in another type": reduced != recipe.model.precision,
-        "compute_grad_norm leaves out the norm, which is computed there": section.get("compute_grad_norm") is False,
-        "fp16 searches its loss scale on the host": recipe.model.precision == "fp16",
-        "check_grad_overflow looks at the gradients on the host": bool(ds_config.get("bf16", {}).get("check_grad_overflow")),
-        "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing is True,
-        "data.packing reads the rows' borders on the host": recipe.data.packing,
-        "transformers waits for the GPU to make a classification model's masks": recipe.model.task == "classification",
-        "a model with experts or LayerDrop decides on the host what runs": model is not None and model.decides_on_host,
-    }
-    if recipe.model.cuda_graphs is False:
-        return "the recipe wants none"
-    if recipe.model.cuda_graphs is None:
-        reasons["train.deterministic is true, and nobody asked for them"] = recipe.train.deterministic
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _is_zero_plus_plus(section: dict[str, Any]) -> bool:
-    quantized = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
-    return any(section.get(key) for key in quantized) or section.get("zero_hpz_partition_size", 1) > 1
 
 
 def _check_profile(recipe: Recipe, steps: _Steps) -> None:
@@ -315,22 +200,27 @@ def _every(every: str | int | float, steps: _Steps) -> int:
 
 @dataclass(frozen=True)
 class _Batch:
-    tokens: int | None
     micro_batches: int
+    tokens: int | None = None  # budgets of one micro-batch
+    rows: int | None = None
     notes: tuple[str, ...] = ()
 
 
-def _batch(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world_size: int, hardware: Hardware) -> _Batch:
+def _batch(
+    recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world_size: int, hardware: Hardware, most: int | None
+) -> _Batch:
     samples, wish, cost = recipe.batch.samples, recipe.batch.tokens_per_device, row_tokens(recipe)
     if recipe.batch.samples_per_device is not None:
-        return _Batch(None, micro_batches(samples, recipe.batch.samples_per_device, world_size))
-    if wish == "auto":
-        return _auto(recipe, model, memory, world_size, hardware)
-    k = micro_batches(samples, max(1, wish // cost), world_size)
-    if wish >= cost:
-        return _Batch(wish, k)
-    note = f"a row of full length has {cost:,} tokens, more than tokens_per_device: it makes a micro-batch of its own"
-    return _Batch(wish, k, (note,))
+        rows = min(recipe.batch.samples_per_device, most or recipe.batch.samples_per_device)
+        return _Batch(micro_batches(samples, rows, world_size), rows=rows)
+    batch = _auto(recipe, model, memory, world_size, hardware) if wish == "auto" else _Batch(0, wish)
+    tokens, notes = batch.tokens or 0, batch.notes
+    if most is not None and most < tokens:
+        tokens = most
+        notes += (f"tokens_per_device: {tokens:,} at most, by what this run has done so far",)
+    if tokens < cost:
+        notes += (f"a row of full length has {cost:,} tokens, more than tokens_per_device: it makes a micro-batch of its own",)
+    return _Batch(micro_batches(samples, max(1, tokens // cost), world_size), tokens, notes=notes)
 
 
 def _auto(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world_size: int, hardware: Hardware) -> _Batch:
@@ -339,12 +229,12 @@ def _auto(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world
     share = -(-samples // world_size)
     if hardware.device == "cpu":
         tokens = max(CPU_TOKENS, cost)
-        return _Batch(tokens, micro_batches(samples, tokens // cost, world_size))
+        return _Batch(micro_batches(samples, tokens // cost, world_size), tokens)
     if model is None or memory is None or hardware.memory_bytes is None:
         unknown = "the model" if model is None else "the GPU's memory"
         note = f"tokens_per_device: {unknown} is not known, so one micro-batch per worker is assumed"
         note += "" if model is None else "; trainkit plan --gpu-memory 80GiB plans for a GPU that is elsewhere"
-        return _Batch(share * cost, world_size, (note,))
+        return _Batch(world_size, share * cost, notes=(note,))
     per_token = _bytes_per_token(recipe, model)
     room = _room(hardware.memory_bytes, memory)
     k = micro_batches(samples, min(share, max(1, int(room // (per_token * cost)))), world_size)
@@ -352,7 +242,7 @@ def _auto(recipe: Recipe, model: ModelFacts | None, memory: Memory | None, world
     note = f"tokens_per_device: {tokens:,} tokens × {format_bytes(per_token)} of activations at most, into {format_bytes(room)}"
     if tokens * per_token > room:
         note += ": one row alone may not fit; shorten max lengths or write model.gradient_checkpointing: true"
-    return _Batch(tokens, k, (note,))
+    return _Batch(k, tokens, notes=(note,))
 
 
 def _bytes_per_token(recipe: Recipe, model: ModelFacts) -> int:
@@ -372,7 +262,7 @@ def _faster_stage(zero: ZeroConfig, fits: tuple[Fit, ...], hardware: Hardware) -
     return (f"{FASTEST} leaves half of the memory free here, and takes less time a step than {zero.name}, which pays for memory with it",)
 
 
-def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _Batch, hardware: Hardware) -> tuple[str, ...]:
+def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _Batch, hardware: Hardware, graphs: bool) -> tuple[str, ...]:
     notes = list(batch.notes)
     if recipe.batch.samples < _world_size(recipe):
         notes.append(f"{recipe.batch.samples} samples a step for {_world_size(recipe)} workers: some train an empty micro-batch")
@@ -381,6 +271,13 @@ def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _
     if zero.unused:
         notes.append(f"not used from {zero.name}: {', '.join(zero.unused)}")
     section = zero.json.get("zero_optimization", {})
+    unused = [key for key, value in section.items() if key.removeprefix("stage3_") in UNUSED_BY_GRAPHS and value not in (None, "auto")]
+    if graphs and zero.stage in (1, 3) and unused:
+        notes.append(
+            f"CUDA graphs gather and reduce whole blocks: {', '.join(unused)} of {zero.name} would matter with model.cuda_graphs: false"
+        )
+    if left := [key for key, value in section.items() if value == "auto" and key not in ds_config["zero_optimization"]]:
+        notes.append(f"auto in {zero.name}, and left to DeepSpeed: {', '.join(left)}")
     pinned = [part for part in ("offload_optimizer", "offload_param") if (section.get(part) or {}).get("pin_memory") is True]
     if hardware.device == "cpu" and pinned:
         notes.append(f"pin_memory of {' and '.join(pinned)} is false on a CPU: memory is pinned for copies to a GPU")

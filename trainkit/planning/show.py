@@ -10,7 +10,9 @@ from rich.text import Text
 
 from trainkit.planning.facts import Hardware, ModelFacts
 from trainkit.planning.memory import CATEGORIES, Memory
-from trainkit.planning.planner import Fit, Plan, shipped_fits
+from trainkit.planning.plan import Fit, Plan
+from trainkit.planning.planner import shipped_fits
+from trainkit.planning.speed import UNUSED_BY_GRAPHS
 from trainkit.recipe.schema import Recipe
 from trainkit.units import format_bytes, format_count
 
@@ -23,6 +25,8 @@ def plan_text(plan: Plan) -> RenderableType:
     parts.append(Text("memory unknown", style="yellow") if plan.memory is None else _memory(plan, plan.memory))
     if plan.fits:
         parts.append(_fits(plan.fits))
+    elif plan.use_gpu and plan.device_memory is None:
+        parts.append(Text("  what fits: unknown, as the GPU's memory is; --gpu-memory 80GiB plans for such a GPU", style="yellow"))
     parts += [Text(f"note: {note}", style="yellow") for note in plan.notes]
     return Group(*parts)
 
@@ -60,6 +64,7 @@ def _facts(plan: Plan) -> Table:
         "batch": batch_equation(plan),
         "budget": _budget(plan),
         "steps": step_equation(plan),
+        "optimizer": _optimizer(plan),
         "schedule": _schedule(plan),
         "data": f"{_number(plan.rows)} rows to train on" + (f", {plan.eval_rows:,} to evaluate" if plan.eval_rows else ""),
         "device": _device(plan),
@@ -78,6 +83,17 @@ def _budget(plan: Plan) -> str:
     return f"{_number(plan.tokens_per_device)} tokens in a micro-batch at most, padding included"
 
 
+def _optimizer(plan: Plan) -> str:
+    """Its values and the clipping, as DeepSpeed gets them."""
+    optimizer: dict[str, Any] = plan.ds_config["optimizer"]
+    params = optimizer["params"]
+    betas = ", ".join(f"{beta:g}" for beta in params["betas"])
+    return (
+        f"{optimizer['type']}, lr {params['lr']:g}, betas {betas}, eps {params['eps']:g}, weight decay {params['weight_decay']:g}, "
+        f"gradients clipped at {plan.ds_config['gradient_clipping']:g}"
+    )
+
+
 def _schedule(plan: Plan) -> str:
     every = _count(plan.eval_every, "step") if plan.eval_every else f"{UNKNOWN} steps"
     warm_up = _count(plan.warmup_steps, "warm-up step") if plan.total_steps else f"{UNKNOWN} warm-up steps"
@@ -93,14 +109,18 @@ def _speed(plan: Plan) -> str:
     why = f": {plan.no_graphs}" if plan.no_graphs is not None and plan.use_gpu else ""
     graphs = "CUDA graphs" if plan.cuda_graphs else f"no CUDA graphs{why}"
     selective = ", selective checkpointing" if plan.selective_checkpointing else ""
-    return f"blocks {'compiled' if plan.compile_blocks else 'as they are'}{selective}, {graphs}"
+    return f"attention {plan.attention or UNKNOWN}, blocks {'compiled' if plan.compile_blocks else 'as they are'}{selective}, {graphs}"
 
 
 def _zero(plan: Plan) -> str:
     offload = [name for name, on in (("optimizer", plan.offload_optimizer), ("parameters", plan.offload_param)) if on]
     section: dict[str, Any] = plan.ds_config["zero_optimization"]
-    numbers = {key: value for key, value in section.items() if key != "stage" and type(value) in (int, float)}
-    sizes = [f"{key} {format_count(value)}" for key, value in numbers.items()]
+    unused = UNUSED_BY_GRAPHS if plan.cuda_graphs and plan.zero_stage in (1, 3) else ()
+    sizes = [
+        f"{key} {format_count(value)}{' (not used with CUDA graphs)' if key.removeprefix('stage3_') in unused else ''}"
+        for key, value in section.items()
+        if key != "stage" and type(value) in (int, float)
+    ]
     text = f"{plan.zero_name}: stage {plan.zero_stage}" + (f", {' and '.join(offload)} on the host" if offload else "")
     return "\n".join([text, *sizes])
 

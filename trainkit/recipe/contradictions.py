@@ -142,6 +142,11 @@ def _optimizer(literals: _Literals) -> None:
     for unlike, default in (("bias_correction", True), ("amsgrad", False), ("fp32_optimizer_states", True)):
         if literals.get("optimizer", "params", unlike) is (not default):
             literals.add(("optimizer", "params", unlike), f"{shown(not default)} is not the recipe's adamw: delete the key")
+    if literals.get("optimizer", "params", "torch_adam") is literals.zero.offload_optimizer:
+        made = "DeepSpeed's CPUAdam, as the optimizer's states lie on the CPU" if literals.zero.offload_optimizer else "torch's own"
+        literals.add(("optimizer", "params", "torch_adam"), f"the recipe's adamw is {made}: delete the key")
+    if literals.get("zero_optimization", "compute_grad_norm") is False:
+        literals.add(("zero_optimization", "compute_grad_norm"), "a run clips by the norm and ends at a NaN: delete the key")
     for name in ("lr", "betas", "eps", "weight_decay"):
         literals.same(("optimizer", "params", name), f"optimizer.{name}")
     literals.same(("optimizer", "params", "max_grad_norm"), "optimizer.max_grad_norm")

@@ -103,6 +103,12 @@ _REFUSED = {
 }
 
 
+_NEVER = {  # what a strategy "no" asks for
+    "train.eval_steps": "write data.eval: null for a run without evaluation",
+    "train.save_steps": "a run always keeps checkpoints, to go on from; leave it out, or write train.save_total_limit: 1 to keep one",
+}
+
+
 def habit_answer(document: Document, path: KeyPath) -> str | None:
     """What to write instead of an unknown key that another tool knows; None for keys that no tool here knows."""
     name, value = path[-1], document.get(path)
@@ -112,6 +118,8 @@ def habit_answer(document: Document, path: KeyPath) -> str | None:
         return _SPECIAL[name](document, value)
     if name in _SAME_VALUE:
         target = _SAME_VALUE[name]
+        if target in _NEVER and value in ("no", False):
+            return _NEVER[target]
         return f"write {target}: {_plain(_translated(target, value))}"
     return _REFUSED.get(name)
 
@@ -125,7 +133,7 @@ def answered_keys(document: Document) -> set[str]:
 
 def _translated(target: str, value: Any) -> Any:
     if target in ("train.eval_steps", "train.save_steps"):
-        return "epoch" if value in ("epoch", "no", False) else 500
+        return "epoch" if value == "epoch" else 500
     if target == "model.compile":
         return "blocks" if value is True else value
     if target == "model.attn_implementation":

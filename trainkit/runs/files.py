@@ -9,6 +9,7 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from trainkit.errors import UsageError
 
@@ -58,7 +59,7 @@ def is_locked(path: Path) -> bool:
 
 def write_whole(path: Path, text: str, durable: bool = True) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part; `durable` waits for the disk."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{uuid4().hex}")  # several nodes and threads may write the same file
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -68,6 +69,14 @@ def write_whole(path: Path, text: str, durable: bool = True) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """None where there is no such file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@
       steps.jsonl                                  one object per optimizer step
       summary.json                                 written at the end, also of a failed run
       tensorboard/  checkpoints/  model/           written by training
-      .ray/                                        what driver and workers tell each other: phase, stop, errors/, locks
+      .ray/                                        locks, failures, Ray's own files, what driver and workers tell each other (mailbox.py)
 
 It stands on the lowest floor, so it knows bytes and files and nothing of recipes or plans. A file is complete or not there: written
 beside its place, flushed to the disk, then moved.
@@ -13,27 +13,20 @@ beside its place, flushed to the disk, then moved.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
-import os
 import re
-import shutil
-import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from trainkit.errors import UsageError
-from trainkit.runs.files import Lock, whole_lines, write_whole
+from trainkit.runs.files import Lock, read_json, whole_lines, write_whole
+from trainkit.runs.mailbox import Mailbox
 from trainkit.runs.reading import read_steps
 
 PREDECESSOR_SECONDS = 30.0  # to wait for: a rank 0 whose command was killed went on writing for 1.8 s
 LEASE_SECONDS = 120.0  # after which a file server gives up the locks of a node that is gone
-_SHARED_SECONDS = 30.0  # network drives show a new file late
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -59,24 +52,8 @@ def check_storage(storage_path: str | Path, stem: str, name: str | None = None) 
     return storage
 
 
-@dataclass(frozen=True)
-class WorkerError:
-    """What a rank left behind before it raised."""
-
-    time: float  # seconds since 1970: the earliest is the first cause
-    rank: int
-    step: int  # the last finished optimizer step
-    kind: str  # the class's name
-    message: str
-    facts: dict[str, Any] = field(default_factory=dict)  # of an error of ours, where they are plain values
-
-
-class RunFolder:
+class RunFolder(Mailbox):
     """One run's folder. Making the object touches nothing; `create` makes the folder."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.ray = self.path / ".ray"
 
     @classmethod
     def create(cls, storage_path: str | Path, stem: str, name: str | None = None, elsewhere: Iterable[str] = ()) -> RunFolder:
@@ -87,7 +64,7 @@ class RunFolder:
         storage = check_storage(storage_path, stem, name)
         try:
             folder = cls(_make_numbered(storage, stem, elsewhere) if name is None else _make_named(storage, name))
-            (folder.ray / "errors").mkdir(parents=True)
+            folder.ray.mkdir()
         except OSError as error:
             raise _unwritable(storage, error) from None
         return folder
@@ -115,7 +92,7 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any] | None:
         """summary.json; None while the run has not ended."""
-        return _read_json(self.path / "summary.json")
+        return read_json(self.path / "summary.json")
 
     def write_worked(self, worked: Mapping[str, Any]) -> None:
         """How long commands have worked on this run (runs/worked.py)."""
@@ -124,7 +101,7 @@ class RunFolder:
     def read_worked(self) -> dict[str, Any] | None:
         """None for a run that nobody noted it of. Raises UsageError for a damaged file."""
         try:
-            return _read_json(self.ray / "worked.json")
+            return read_json(self.ray / "worked.json")
         except ValueError:
             raise UsageError(f"{self.ray / 'worked.json'}: damaged, not JSON. Remove it; goodput is unknown then") from None
 
@@ -138,80 +115,19 @@ class RunFolder:
         """All steps of steps.jsonl; a line cut off by a killed process, or damaged, is left out."""
         return read_steps(self.steps_path)[0]
 
-    def keep_steps(self, done: int) -> list[str]:
-        """Take out the steps after `done`, which an earlier attempt took and no checkpoint has kept.
-
-        What follows is a new attempt's. Damaged lines go too: the file with them is kept beside it, which the sentences returned say.
-        """
-        write_whole(self.ray / "kept", str(done), durable=False)
-        if not self.steps_path.exists():
-            return []
-        steps, faults = read_steps(self.steps_path)
-        if faults:
-            kept = _free(self.path / "steps.jsonl.damaged")
-            shutil.copyfile(self.steps_path, kept)
-            faults.append(f"the file as it was is kept as {kept}")
-        write_whole(self.steps_path, "".join(json.dumps(step) + "\n" for step in steps if step["step"] <= done))
-        return faults
-
-    def kept_steps(self) -> int:
-        """How many steps the newest attempt began with."""
-        try:
-            return int((self.ray / "kept").read_text("utf-8") or 0)
-        except FileNotFoundError:  # not begun, or by an earlier version
-            return 0
-
-    # -- what driver and workers tell each other -------------------------------------------------------------------------------------
-
-    def write_phase(self, text: str) -> None:
-        """What rank 0 is doing, one short line for the person who waits."""
-        write_whole(self.ray / "phase", text, durable=False)
-
-    def read_phase(self) -> str:
-        try:
-            return (self.ray / "phase").read_text("utf-8")
-        except FileNotFoundError:
-            return ""
-
-    def write_ranks(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """What each rank measured, about once a second and in the last step of an attempt, however it ends."""
-        write_whole(self.ray / "ranks.json", json.dumps(ranks), durable=False)
-
-    def read_ranks(self) -> list[dict[str, Any]]:
-        """Empty before the first step, and where a power cut left half a file: it is for those who watch."""
-        with contextlib.suppress(ValueError):
-            return _read_json(self.ray / "ranks.json") or []
-        return []
-
-    def write_note(self, text: str) -> None:
-        """Something that the person who waits shall read, and that ends nothing."""
-        write_whole(self.ray / "note", text, durable=False)
-
-    def take_note(self) -> str:
-        """The newest one that nobody took yet."""
-        try:
-            text = (self.ray / "note").read_text("utf-8")
-        except FileNotFoundError:
-            return ""
-        (self.ray / "note").unlink()
-        return text
+    # -- attempts --------------------------------------------------------------------------------------------------------------------
 
     def begin_attempt(self, steps_left: bool = True) -> int:
-        """Forget what an earlier attempt left behind for the driver; returns the new attempt's number, from 1.
+        """Make the folder of a new attempt, after which nobody reads what earlier ones left there; returns its number, from 1.
 
         An attempt without steps left measures nothing of them: what the ranks measured before stays.
         """
-        shutil.rmtree(self.ray / "errors", ignore_errors=True)
-        (self.ray / "errors").mkdir(parents=True)
-        names = ["stop", "save", "phase", "sign-*.json", "job-*", *(["ranks.json"] if steps_left else [])]
-        for old in itertools.chain.from_iterable(self.ray.glob(name) for name in names):
-            old.unlink(missing_ok=True)
         (self.path / "summary.json").unlink(missing_ok=True)
-        return 1 + sum(1 for _ in self.ray.glob("attempt-*"))
-
-    def job(self, attempt: int) -> Path:
-        """Where workers of this machine wait for what they are to do (cluster/job.py)."""
-        return self.ray / f"job-{attempt}.pickle"
+        if steps_left:
+            (self.ray / "ranks.json").unlink(missing_ok=True)
+        self.ray.mkdir(parents=True, exist_ok=True)
+        of_ray = (path.name.replace("attempt", "workers") for path in self.ray.glob("attempt-*"))  # an earlier version made these alone
+        return int(_make_numbered(self.ray, "workers", of_ray).name.rpartition("-")[2])
 
     def append_failure(self, failure: Mapping[str, Any]) -> None:
         """How an attempt ended, of any command that worked on this run."""
@@ -220,60 +136,6 @@ class RunFolder:
 
     def failures(self) -> list[dict[str, Any]]:
         return whole_lines(self.ray / "failures.jsonl")
-
-    def request_stop(self) -> None:
-        """Ask all ranks to end at the same optimizer step."""
-        (self.ray / "stop").touch()
-
-    def stop_requested(self) -> bool:
-        return (self.ray / "stop").exists()
-
-    def request_save(self) -> None:
-        """Ask for a checkpoint soon, beside those that are due."""
-        (self.ray / "save").touch()
-
-    def save_requested(self) -> bool:
-        return (self.ray / "save").exists()
-
-    def begin_save(self) -> None:
-        """What was asked for before now is done by this one."""
-        (self.ray / "save").unlink(missing_ok=True)
-
-    def write_error(self, rank: int, step: int, error: BaseException, traceback: str) -> None:
-        """Leave a rank's error where the driver finds it, whatever becomes of the process."""
-        write_whole(self.traceback_path(rank), traceback)
-        facts = {name: value for name, value in getattr(error, "facts", {}).items() if isinstance(value, str | int | float | None)}
-        left = WorkerError(time.time(), rank, step, type(error).__name__, getattr(error, "message", None) or str(error), facts)
-        write_whole(self.ray / "errors" / f"rank-{rank}.json", _pretty(asdict(left)))
-
-    def check_shared(self, attempt: int, rank: int, world_size: int, together: Callable[[], object]) -> None:
-        """Every rank leaves a file and looks for those of the others; `together` is a barrier.
-
-        Raises UsageError where the folder, or another rank's file, is not seen.
-        """
-        probes = [self.ray / f"probe-{attempt}-{other}" for other in range(world_size)]
-        fault = f"this node does not see the run folder {self.path} as the driver does" if not (self.path / "plan.json").is_file() else None
-        if fault is None:
-            try:
-                probes[rank].touch()
-            except OSError as error:
-                fault = f"this node cannot write the run folder {self.path}: {error.strerror}"
-        together()
-        deadline = time.monotonic() + _SHARED_SECONDS
-        while fault is None and (unseen := [other for other, probe in enumerate(probes) if not probe.exists()]):
-            if time.monotonic() > deadline:
-                fault = f"it does not see in {self.path} what rank {unseen[0]} wrote there"
-            time.sleep(0.1)
-        if fault is not None:
-            raise UsageError(f"rank {rank} on {socket.gethostname()}: {fault}. run.storage_path must be a folder that all nodes see")
-
-    def traceback_path(self, rank: int) -> Path:
-        return self.ray / "errors" / f"rank-{rank}.txt"
-
-    def errors(self) -> list[WorkerError]:
-        """What the ranks left behind, the earliest first."""
-        found = [WorkerError(**json.loads(path.read_text("utf-8"))) for path in (self.ray / "errors").glob("rank-*.json")]
-        return sorted(found, key=lambda error: error.time)
 
     def lock(self, owner: str, wait_seconds: float = 0.0) -> Lock:
         """Hold this folder as `owner` ("driver", "rank-0"), who are two locks: both are free when a run has really ended.
@@ -287,47 +149,6 @@ class RunFolder:
             write_whole(self.path / name, text)
         except OSError as error:
             raise _unwritable(self.path, error) from None
-
-
-class StepLog:
-    """steps.jsonl, written by rank 0 alone: one object per optimizer step, handed to the system line by line."""
-
-    def __init__(self, folder: RunFolder):
-        self.file: IO[str] = folder.steps_path.open("a", encoding="utf-8", buffering=1)
-
-    def append(self, step: Mapping[str, Any]) -> None:
-        """NaN and infinities are written as Python's json writes them."""
-        self.file.write(json.dumps(step) + "\n")
-
-    def sync(self) -> None:
-        """Wait until the lines are on the disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        if not self.file.closed:
-            os.fsync(self.file.fileno())
-            self.file.close()
-
-
-class StepTail:
-    """Reads what was appended to steps.jsonl since the last look."""
-
-    def __init__(self, folder: RunFolder):
-        self.path, self.position = folder.steps_path, 0
-
-    def new_steps(self) -> Iterator[dict[str, Any]]:
-        """Complete new lines. One that is still being written waits for the next look."""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.position)
-                text = file.read()
-        except FileNotFoundError:
-            return
-        whole = text[: text.rfind(b"\n") + 1]
-        self.position += len(whole)
-        for line in whole.splitlines():
-            yield json.loads(line)
 
 
 def _make_numbered(storage: Path, stem: str, elsewhere: Iterable[str]) -> Path:
@@ -353,21 +174,8 @@ def _make_named(storage: Path, name: str) -> Path:
     return path
 
 
-def _free(path: Path) -> Path:
-    """This one, or with the first number behind it that no file has: what was kept before stays."""
-    return next(free for number in itertools.count(1) if not (free := Path(f"{path}-{number}" if number > 1 else path)).exists())
-
-
 def _taken(path: Path) -> UsageError:
-    return UsageError(f"{path}: this run exists. Go on with --resume, choose another --name, or leave it away for the next free number")
-
-
-def _read_json(path: Path) -> Any:
-    """None where there is no such file."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
+    return UsageError(f"{path}: this run exists. Go on with --resume, choose another --name, or leave it out for the next free number")
 
 
 def _pretty(facts: Mapping[str, Any]) -> str:

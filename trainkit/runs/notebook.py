@@ -126,7 +126,7 @@ def train(
             folder.write_recipe(recipe_to_yaml(wish))
         else:
             folder.lock("driver").release()
-            (folder.ray / "phase").unlink(missing_ok=True)  # of its end before
+            folder.clear_phase()  # of its end before
         asked = folder.ray / "asked.yaml"
         write_whole(asked, recipe_to_yaml(wish))
         child = Child(folder, asked, address, starting)

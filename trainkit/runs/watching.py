@@ -13,6 +13,7 @@ from trainkit.cluster.progress import PlainLines, SoFar, View
 from trainkit.errors import UsageError
 from trainkit.runs.picture import PIXELS_PER_INCH, Picture
 from trainkit.runs.reading import read_steps
+from trainkit.runs.steps import kept_steps
 
 if TYPE_CHECKING:
     import pandas
@@ -121,7 +122,7 @@ class Lines:
     def _view(self, run: Run) -> View:
         """Damaged lines are told by `run.steps`, out of which the last words are."""
         steps, plan, phase = read_steps(run.folder.steps_path)[0], run.plan, run.folder.read_phase()
-        so_far = SoFar(run.folder.kept_steps() if phase else sys.maxsize)  # without a phase no attempt of this command has begun
+        so_far = SoFar(kept_steps(run.folder) if phase else sys.maxsize)  # without a phase no attempt of this command has begun
         for line in steps if plan is not None else ():
             so_far.take(line)
         return so_far.view(phase or "starting", time.monotonic() - self.began, 0 if plan is None else plan.total_steps)

@@ -29,5 +29,5 @@ class WorkedTime:
 def _before(said: dict[str, Any], folder: RunFolder) -> float | None:
     if said["began"] is None or said["seconds"] is None:
         return said["seconds"]
-    signs = [folder.steps_path, folder.ray / "phase", *folder.ray.glob("sign-*.json")]
-    return said["seconds"] + max(0.0, max((path.stat().st_mtime for path in signs if path.exists()), default=0.0) - said["began"])
+    stepped = folder.steps_path.stat().st_mtime if folder.steps_path.exists() else 0.0
+    return said["seconds"] + max(0.0, max(stepped, folder.last_sign_seconds()) - said["began"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trainkit.planning.planner import Plan
+from trainkit.recipe.combinations import ROUGE
 from trainkit.recipe.schema import Recipe
 from trainkit.training import tags
 from trainkit.training.meters import StepRecord
@@ -165,7 +166,8 @@ def _hyperparameters(story: Story) -> tuple[Any, Any, Any]:
     from torch.utils.tensorboard.summary import hparams
 
     peak = "memory/peak_allocated_gib/rank_0" if story.use_gpu else "memory/peak_rss_gib/rank_0"
-    compared = ["train/loss", *(f"{stage}/{name}" for stage in ("eval", "final") for name in ("loss", *story.metrics))]
+    measured = [name for metric in story.metrics for name in (ROUGE if metric == "rouge" else (metric,))]
+    compared = ["train/loss", *(f"{stage}/{name}" for stage in ("eval", "final") for name in ("loss", *measured))]
     compared += ["throughput/samples_per_second_smoothed", "throughput/tokens_per_second_smoothed"]
     compared += ["throughput/mfu", peak] if story.has_mfu else [peak]
     return hparams(dict(story.hyperparameters), dict.fromkeys(compared, 0.0))

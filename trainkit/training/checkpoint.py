@@ -30,7 +30,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from trainkit.data.feed import StepBatch
+from trainkit.data.padding import StepBatch
 from trainkit.errors import TrainingError
 from trainkit.runs import checkpoints
 from trainkit.runs.checkpoints import Checkpoint, sha256
@@ -62,7 +62,7 @@ class Saver:
 
     def prepare(self, engine: Engine) -> None:
         """Have the memory taken, in the background, that `save` copies to."""
-        numel = len(STATES) * sum(piece.values.numel() for piece in engine.pieces() if piece.state == WEIGHT)
+        numel = len(STATES) * sum(piece.values.numel() for piece in engine.states.pieces() if piece.state == WEIGHT)
         self.memory = self.writer.submit(HostMemory, numel, engine.device)
 
     def save(self, engine: Engine, step: int, state: Mapping[str, Any], best: int | None) -> float:
@@ -76,16 +76,18 @@ class Saver:
         if self.memory is None:
             self.prepare(engine)
         assert self.memory is not None
-        pieces = self.memory.result().copied(engine.pieces())
+        pieces = self.memory.result().copied(engine.states.pieces())
         files = {self._name("random"): random_state()}
         if self.rank == 0 and (buffers := persistent_buffers(engine.model)):
             files[self._name("buffers")] = {name: _on_host(buffer) for name, buffer in buffers.items()}
         if not self.begun:  # on all ranks alike: also on those whose share is empty
             files[self._name("frozen")] = {
-                name: _on_host(tensor) for number, (name, tensor) in enumerate(engine.frozen()) if number % self.world_size == self.rank
+                name: _on_host(tensor)
+                for number, (name, tensor) in enumerate(engine.states.frozen())
+                if number % self.world_size == self.rank
             }
         self.begun = True
-        facts = {**state, "step": step, "world_size": self.world_size, "counters": engine.counters()}
+        facts = {**state, "step": step, "world_size": self.world_size, "counters": engine.states.counters()}
         self.writing = self.writer.submit(self._write, checkpoints.checkpoint_path(self.run, step), pieces, files, facts, best)
         return time.perf_counter() - began
 
@@ -152,7 +154,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, batch: StepBatch) -> None:
     state = read_state(checkpoint)
     with Tensorfiles(checkpoint, ("states-", "frozen-", "buffers-")) as files:
         engine.restore(lambda name, kind: files.read(f"{name}/{kind}"), state["counters"], batch)
-        engine.restore_frozen(files.read)
+        engine.states.restore_frozen(files.read)
     own = f"random-{dist.get_rank()}-of-{dist.get_world_size()}."
     with Tensorfiles(checkpoint, (own,)) as files:
         if files.file_of:  # of the same number of workers

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trainkit.data.feed import IGNORED_LABEL, MicroBatch, tensors
+from trainkit.data.padding import IGNORED_LABEL, MicroBatch, tensors
 from trainkit.errors import CaptureError
 
 SumLoss = Callable[[Any, MicroBatch], torch.Tensor]  # of a model, or what is called like it

@@ -11,9 +11,10 @@ replays a graph.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class FlatZero3:
         self.flats = (optimizer.grad_partitions_flat_buffer,)
         self.taken = False
         self.in_backward: _Unit | None = None
-        self.gather_rest()
+        self.rest.gather()
 
     def begin(self) -> None:
         """Before a micro-batch; the gradients of a step's first one begin at zero. What an error left half done is let go of; what it had
@@ -72,17 +73,16 @@ class FlatZero3:
             loss.register_hook(lambda gradient: torch.autograd.Variable._execution_engine.queue_callback(self._end_backward))
         return loss
 
-    def gather_rest(self) -> None:
-        """Make what is in no block whole, after shards were written. All ranks must call it."""
-        self.rest.gather()
+    def settle(self) -> None:
+        """Nothing is prefetched."""
 
-    @torch.no_grad()
-    def whole(self, parameter: Any) -> torch.Tensor:
+    @contextlib.contextmanager
+    def whole(self, parameter: Any) -> Iterator[torch.Tensor]:
         """One parameter in memory of its own. All ranks must call it."""
         shard, group = parameter.ds_tensor, parameter.ds_process_group
         flat = torch.empty(shard.numel() * dist.get_world_size(group), dtype=shard.dtype, device=shard.device)
         dist.all_gather_into_tensor(flat, shard.detach(), group=group)
-        return flat[: parameter.ds_numel].view(parameter.ds_shape)
+        yield flat[: parameter.ds_numel].view(parameter.ds_shape)
 
     @torch.no_grad()
     def write(self, parameter: Any, value: torch.Tensor) -> None:
@@ -90,6 +90,10 @@ class FlatZero3:
         shard = parameter.ds_tensor
         mine = value.flatten()[dist.get_rank(parameter.ds_process_group) * shard.numel() :][: shard.numel()]
         shard[: mine.numel()].copy_(mine)
+
+    def written(self) -> None:
+        """What is in no block follows its shards. All ranks must call it."""
+        self.rest.gather()
 
     def check_in_place(self) -> None:
         """Whoever moves a shard elsewhere would leave the graphs behind."""
@@ -110,7 +114,7 @@ class FlatZero3:
             shards[group].copy_(masters[group].detach())
 
         norm = clip_and_update(self.optimizer, masters, gradients, self.max_norm, write)
-        self.gather_rest()
+        self.rest.gather()
         return norm
 
     def _gradient_places(self) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -162,8 +166,11 @@ class FlatZero3:
     def _end_backward(self) -> None:
         self._close()
         self.rest.sum_gradients()
-        late = sum(parameter.grad is not None for unit in self.units for parameter in unit.parameters)
-        assert not late, f"{late} gradients came when their block was thought to be done"
+        if any(parameter.grad is not None for unit in self.units for parameter in unit.parameters):
+            raise TrainingError(
+                "a gradient of this model comes after the backward of its block, which CUDA graphs under ZeRO-3 do not know. "
+                "Write model.cuda_graphs: false"
+            )
 
 
 class _Unit:

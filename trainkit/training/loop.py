@@ -11,12 +11,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-from trainkit.data.feed import StepBatch
 from trainkit.data.order import combine
+from trainkit.data.padding import StepBatch, StepFeed
 from trainkit.errors import NonFiniteError
 from trainkit.planning.planner import Plan
 from trainkit.recipe.schema import Recipe
@@ -25,10 +25,6 @@ from trainkit.training.rank_meters import BACKWARD, FORWARD, OPTIMIZER, RankMete
 
 if TYPE_CHECKING:
     from trainkit.training.engine import Engine
-
-
-class StepFeed(Protocol):
-    def micro_batches(self, step: int) -> StepBatch: ...
 
 
 DATA_WAIT = "the wait for data"  # the feed itself says more about it, and ends it

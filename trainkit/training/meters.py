@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainkit.data.feed import StepBatch
 from trainkit.data.order import set_hash
+from trainkit.data.padding import StepBatch
 from trainkit.planning.flops import Work, mfu
 from trainkit.planning.planner import Plan
 from trainkit.training.rank_meters import RankMeters, RankNumbers, Stopwatch

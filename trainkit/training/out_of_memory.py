@@ -7,7 +7,8 @@ import torch
 
 from trainkit.errors import OutOfMemory
 from trainkit.planning.memory import CATEGORIES
-from trainkit.planning.planner import Plan, halved
+from trainkit.planning.plan import Plan
+from trainkit.planning.revision import halved
 from trainkit.units import format_bytes
 
 _HOST = ("defaultcpuallocator", "cannot allocate memory", "bad_alloc", "can't allocate memory")
@@ -82,6 +83,11 @@ def _way_out(plan: Plan, where: str, in_micro_batches: bool) -> str:
         return f"{graphs}{fewer}, shorter maximum lengths, or a ZeRO configuration with offload"
     key = "tokens_per_device" if plan.tokens_per_device else "samples_per_device"
     return (
-        f"{graphs}batch.{key}: {getattr(smaller, key)} (now {getattr(plan, key)}; the training stays the same), "
+        f"{graphs}batch.{key}: {smaller} (now {getattr(plan, key)}; the training stays the same), "
         f"train.halve_on_oom: true, which does that by itself, or {fewer}"
     )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU, for new tensors: what nobody holds, and what torch's allocator holds and no tensor is in."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from trainkit.data.batches import Shape
-from trainkit.data.feed import MicroBatch
+from trainkit.data.padding import MicroBatch
 from trainkit.planning.planner import Plan
 
 if TYPE_CHECKING:

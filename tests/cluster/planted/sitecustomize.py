@@ -24,7 +24,7 @@ def plant_faults(engine):
     def planted(self, lr):
         taken = step(self, lr)
         if lr > 0:
-            now = int(self.counters()["optimizer_steps"])
+            now = int(self.states.counters()["optimizer_steps"])
             for kind, rank, at in faults:
                 done = Path(os.environ["PLANTED_DONE"]) / f"{kind}-{at}"
                 if int(rank) == dist.get_rank() and int(at) == now and not done.exists():

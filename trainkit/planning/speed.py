@@ -1,0 +1,63 @@
+"""Which fast paths a run takes: compiled blocks, CUDA graphs, few shapes; and what keeps them away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainkit.planning.facts import Hardware, ModelFacts
+from trainkit.recipe.schema import Recipe
+from trainkit.recipe.zero import ZeroConfig
+
+UNUSED_BY_GRAPHS = (  # of stages 1 and 3, as zero_optimization has them without "stage3_": sizes of what DeepSpeed's hooks would do
+    *("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "param_persistence_threshold"),
+    *("model_persistence_threshold", "max_live_parameters", "max_reuse_distance"),
+)
+
+
+def compiles_blocks(recipe: Recipe, zero: ZeroConfig) -> bool:
+    """The compiler times kernels and takes the fastest, which may be another one the next time: not with train.deterministic."""
+    if recipe.model.compile is None and recipe.model.gradient_checkpointing != "selective":
+        return recipe.scaling.use_gpu and zero.stage < 3 and not recipe.train.deterministic
+    return recipe.model.compile is not False
+
+
+def what_keeps_graphs_away(
+    recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], model: ModelFacts | None, hardware: Hardware
+) -> str | None:
+    """Why there are no CUDA graphs of forward and backward: the recipe's wish, or what keeps these from being captured."""
+    accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", recipe.model.precision)
+    reduced, section = ds_config.get("communication_data_type", recipe.model.precision), ds_config["zero_optimization"]
+    reasons = {
+        "a CPU has none": hardware.device == "cpu",
+        "ZeRO-2 works on gradients in the middle of them": zero.stage == 2,
+        "offloaded parameters come from the host in the middle of them": zero.offload_param,
+        "ZeRO++ gathers and reduces in its own ways in the middle of them": _is_zero_plus_plus(section),
+        "the optimizer's offload works on gradients in the middle of them": zero.offload_optimizer,
+        "overlap_comm works on gradients in the middle of them": zero.stage < 3 and bool(section.get("overlap_comm")),
+        "grad_accum_dtype sums gradients in another type": accumulated != recipe.model.precision,
+        "communication_data_type reduces gradients in another type": reduced != recipe.model.precision,
+        "fp16 searches its loss scale on the host": recipe.model.precision == "fp16",
+        "check_grad_overflow looks at the gradients on the host": bool(ds_config.get("bf16", {}).get("check_grad_overflow")),
+        "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing is True,
+        "data.packing reads the rows' borders on the host": recipe.data.packing,
+        "transformers waits for the GPU to make a classification model's masks": recipe.model.task == "classification",
+        "a model with experts or LayerDrop decides on the host what runs": model is not None and model.decides_on_host,
+    }
+    if recipe.model.cuda_graphs is False:
+        return "the recipe wants none"
+    if recipe.model.cuda_graphs is None:
+        reasons["train.deterministic is true, and nobody asked for them"] = recipe.train.deterministic
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _is_zero_plus_plus(section: dict[str, Any]) -> bool:
+    quantized = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+    return any(section.get(key) for key in quantized) or section.get("zero_hpz_partition_size", 1) > 1
+
+
+def joins_shapes(recipe: Recipe) -> bool:
+    """Whether micro-batches are padded to few shapes, for CUDA graphs: on GPUs, save for what never has graphs.
+
+    Under all ZeRO stages, because dropout is drawn by shapes, and a run that is resumed may change its stage.
+    """
+    return recipe.scaling.use_gpu and recipe.model.task != "classification" and recipe.model.precision != "fp16"

@@ -1,0 +1,108 @@
+"""What differs between tasks: the model's head, its logits for a micro-batch, and the sum of the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from trainkit.data.padding import IGNORED_LABEL, MicroBatch
+from trainkit.errors import DataError
+from trainkit.training.loss import IN_CHUNKS, Kernels, cross_entropy_sum
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task's model is made and what its loss is. `logits` and `sum_loss` see the model and one micro-batch."""
+
+    auto_class: Any
+    peft_type: str
+    logits: Callable[[torch.nn.Module, MicroBatch], torch.Tensor]
+    sum_loss: Callable[..., torch.Tensor]  # of logits, labels and the Kernels that go over them
+
+
+def _seq2seq_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    inner: Any = base_model(model)
+    shifted = inner.prepare_decoder_input_ids_from_labels(batch.labels)
+    return model(input_ids=batch.input_ids, decoder_input_ids=shifted, use_cache=False, **_masks(inner, batch, shifted)).logits
+
+
+def _masks(model: Any, batch: MicroBatch, decoder_ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """Attention masks with four dimensions. Given a mask of [rows, source], transformers checks on the GPU whether it is needed, and waits
+    for the answer; for "eager" it also copies a number from the host to make the decoder's."""
+    mask, attention = batch.attention_mask, model.config._attn_implementation
+    two_dimensional = attention not in ("sdpa", "eager") or not model._supports_sdpa or _has_windows(model.config)
+    if mask is None or two_dimensional:  # older models, and those that make several masks of one
+        return {"attention_mask": mask}
+    real = mask.bool()[:, None, None, :]
+    if attention == "sdpa":
+        return {"attention_mask": real}
+    place = torch.arange(decoder_ids.shape[1], device=mask.device)
+    before = (place[None, :] <= place[:, None])[None, None]
+    lowest = torch.finfo(model.dtype).min
+    added = (torch.where(seen, 0.0, lowest).to(model.dtype) for seen in (real, before))
+    return dict(zip(("attention_mask", "decoder_attention_mask"), added, strict=True))
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether some layers attend to what is near only."""
+    parts = (config, *(getattr(config, name, None) for name in ("encoder", "decoder")))
+    return any(getattr(part, "sliding_window", None) for part in parts)
+
+
+def _causal_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Without a mask: padding stands at the right, where no real token looks, and masks keep the fastest attention kernels away.
+
+    Packed rows keep to themselves: transformers reads the borders from positions that start anew.
+    """
+    positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+    return model(input_ids=batch.input_ids, use_cache=False, **positions).logits
+
+
+def _causal_sum(logits: torch.Tensor, labels: torch.Tensor, kernels: Kernels = IN_CHUNKS) -> torch.Tensor:
+    """Labels move to the left, not logits to the right: those of all but the last position would be a copy."""
+    return cross_entropy_sum(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL), kernels)
+
+
+def _class_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
+
+
+TASKS = {
+    "seq2seq": Task(transformers.AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM", _seq2seq_logits, cross_entropy_sum),
+    "causal": Task(transformers.AutoModelForCausalLM, "CAUSAL_LM", _causal_logits, _causal_sum),
+    "classification": Task(transformers.AutoModelForSequenceClassification, "SEQ_CLS", _class_logits, cross_entropy_sum),
+}
+
+
+def check_packing(logits: Callable[[MicroBatch], torch.Tensor], batch: MicroBatch) -> None:
+    """Raises DataError if a row's logits depend on the row that is packed in front of it. Every rank must call it: under ZeRO-3 a forward
+    is a collective.
+
+    Each sequence of the batch is taken as two rows, whose border is in its middle, so that all ranks do the same whatever their rows are.
+    The first one is given other tokens; the second must not notice, beyond bf16's rounding.
+    """
+    length = batch.input_ids.shape[1]
+    place = torch.arange(length, device=batch.input_ids.device)
+    border = length // 2
+    two = replace(batch, position_ids=torch.where(place < border, place, place - border).expand_as(batch.input_ids).contiguous())
+    changed = batch.input_ids.clone()
+    changed[:, :border] = changed.max() - changed[:, :border]
+    with torch.no_grad():
+        before, after = (logits(replace(two, input_ids=ids))[:, border:].float() for ids in (batch.input_ids, changed))
+    if (before - after).abs().max() > 2e-2 * before.abs().max():
+        raise DataError(
+            "data.packing: this model lets a row see the rows packed in front of it. "
+            "Write data.packing: false, or model.attn_implementation: sdpa"
+        )
+
+
+def base_model(model: torch.nn.Module) -> Any:
+    """The transformers model under an engine or a LoRA wrapper."""
+    inner: Any = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
