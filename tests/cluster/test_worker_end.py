@@ -36,6 +36,7 @@ class Ended(Results):
         train = SimpleNamespace(metrics=["exact_match"], metric_for_best_model=metric_for_best, load_best_model_at_end=load_best)
         plan, recipe = SimpleNamespace(total_steps=6, zero_stage=zero_stage), SimpleNamespace(train=train)
         job: Any = SimpleNamespace(eval_steps=1, recipe=recipe, plan=plan, run_folder=str(path))
+        (path / ".ray").mkdir()
         board, feeds = TensorBoard(path / "tensorboard", Story(use_gpu=False)), {"eval": MagicMock()}
         super().__init__(job, 0, torch.device("cpu"), None, feeds, board, lambda text: None)
         self.outcome = Outcome(steps=last, best_step=None if metric_for_best is None else 4)
