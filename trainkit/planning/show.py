@@ -115,12 +115,13 @@ def _speed(plan: Plan) -> str:
 def _zero(plan: Plan) -> str:
     offload = [name for name, on in (("optimizer", plan.offload_optimizer), ("parameters", plan.offload_param)) if on]
     section: dict[str, Any] = plan.ds_config["zero_optimization"]
-    unused = UNUSED_BY_GRAPHS if plan.cuda_graphs and plan.zero_stage in (1, 3) else ()
-    sizes = [
-        f"{key} {format_count(value)}{' (not used with CUDA graphs)' if key.removeprefix('stage3_') in unused else ''}"
-        for key, value in section.items()
-        if key != "stage" and type(value) in (int, float)
-    ]
+    idle = UNUSED_BY_GRAPHS if plan.cuda_graphs and plan.zero_stage in (1, 3) else ()
+    sizes, unused = list[str](), list[str]()
+    for key, value in section.items():
+        if key != "stage" and type(value) in (int, float):
+            (unused if key.removeprefix("stage3_") in idle else sizes).append(f"{key} {format_count(value)}")
+    if unused:
+        sizes.append(f"not used with CUDA graphs: {', '.join(unused)}")
     text = f"{plan.zero_name}: stage {plan.zero_stage}" + (f", {' and '.join(offload)} on the host" if offload else "")
     return "\n".join([text, *sizes])
 
