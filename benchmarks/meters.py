@@ -24,7 +24,7 @@ import torch.distributed as dist
 from in_process import Rank
 
 from trainkit.data.feed import Feed
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.folder import RunFolder
 from trainkit.runs.steps import StepLog

@@ -32,7 +32,8 @@ from trainkit.errors import NonFiniteError, PlanMismatch
 from trainkit.inference.evaluate import evaluate_loss
 from trainkit.inference.export import export_model
 from trainkit.planning.facts import DataFacts, Hardware
-from trainkit.planning.planner import Plan, make_plan
+from trainkit.planning.plan import Plan
+from trainkit.planning.planner import make_plan
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import read_zero

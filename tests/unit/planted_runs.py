@@ -11,7 +11,8 @@ from test_memory import t5_large
 from trainkit.cluster.summary import summarize
 from trainkit.errors import TrainkitError
 from trainkit.planning.facts import DataFacts, Hardware
-from trainkit.planning.planner import Plan, make_plan
+from trainkit.planning.plan import Plan
+from trainkit.planning.planner import make_plan
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.zero import read_zero
 from trainkit.runs.folder import RunFolder

@@ -22,7 +22,7 @@ import trainkit
 from trainkit import cli
 from trainkit.data.at_hand import save_rows
 from trainkit.errors import CapacityError, DataError, NonFiniteError, RecipeError, UsageError
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import notebook
 from trainkit.runs.child import Child

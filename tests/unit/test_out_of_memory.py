@@ -10,7 +10,7 @@ import torch
 
 from trainkit.cluster.decision import decide
 from trainkit.cluster.hardware import oom_kills
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.recipe.reader import read_recipe
 from trainkit.training.out_of_memory import device_without_memory, out_of_memory
 

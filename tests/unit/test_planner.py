@@ -259,12 +259,10 @@ def test_what_is_left_to_deepspeed_and_what_graphs_do_not_use_is_said() -> None:
     }
     plan = plan_of(zero | {"gradient_clipping": "auto"}, gpu(139))
     assert any("left to DeepSpeed: overlap_comm" in note and "reduce_bucket_size" not in note for note in plan.notes)
-    unused = next(note for note in plan.notes if "model.cuda_graphs: false" in note)
-    assert plan.cuda_graphs and "stage3_max_live_parameters of" in unused and "reduce_bucket_size" not in unused
     shown = " ".join(printed(plan_text(plan)).split())
     assert "stage3_max_live_parameters 1 M" in shown.partition("not used with CUDA graphs: ")[2] and "gradients clipped at 1" in shown
     without = plan_of(zero, gpu(139), model={"cuda_graphs": False})
-    assert "not used with CUDA graphs" not in printed(plan_text(without)) and not any("whole blocks" in note for note in without.notes)
+    assert "not used with CUDA graphs" not in printed(plan_text(without))
 
 
 def test_what_fits_is_unknown_where_the_memory_is() -> None:

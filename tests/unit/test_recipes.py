@@ -10,7 +10,8 @@ import pytest
 import transformers
 
 from trainkit.planning.facts import DataFacts, Hardware
-from trainkit.planning.planner import Plan, make_plan
+from trainkit.planning.plan import Plan
+from trainkit.planning.planner import make_plan
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.zero import read_zero
 from trainkit.training.model import model_facts

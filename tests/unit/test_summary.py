@@ -17,7 +17,7 @@ from trainkit.cluster.summary import MEASURED, summarize
 from trainkit.errors import CapacityError, ExportMismatch, Interrupted, NonFiniteError, TrainingError, TrainkitError, UsageError
 from trainkit.markup import plain
 from trainkit.planning.memory import Memory
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.runs.folder import RunFolder
 from trainkit.runs.worked import WorkedTime
 

@@ -9,7 +9,8 @@ import pytest
 
 from trainkit.data.batches import Shape
 from trainkit.planning.facts import DataFacts, Hardware
-from trainkit.planning.planner import Plan, make_plan
+from trainkit.planning.plan import Plan
+from trainkit.planning.planner import make_plan
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.zero import read_zero
 from trainkit.training.warm_up import STEPS, steps_looked_at, warm_up, warm_ups

@@ -11,7 +11,8 @@ from trainkit.cluster.hardware import worker_device
 from trainkit.data.files import globbed
 from trainkit.errors import DataError, UsageError
 from trainkit.planning.facts import DataFacts, Hardware, ModelFacts
-from trainkit.planning.planner import Plan, make_plan
+from trainkit.planning.plan import Plan
+from trainkit.planning.planner import make_plan
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import ZeroConfig, read_zero
 from trainkit.units import format_bytes

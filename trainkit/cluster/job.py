@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.checkpoints import Checkpoint
 

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from trainkit.data.tokens import Prepared
 
 _COLLECTIVE_SECONDS = 1800  # longer than the slowest export or build of an operator: a rank that failed is noticed by Ray, not by this
-_LOOK_SECONDS = 0.2
 _STEPS_LOOKED_AT = 32  # for the shapes of their micro-batches; the ranks will ask for them anyway
 _NOTICE_SECONDS = 2.0
 _REPLACEMENT_SECONDS = 120.0  # for which a restart waits for nodes

@@ -14,7 +14,7 @@ from trainkit.cluster.capacity import workers_here
 from trainkit.cluster.decision import Decision, decide
 from trainkit.cluster.resume import check_unfinished, kept_budget, resumed_recipe, run_to_resume
 from trainkit.errors import DataError, UsageError
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.runs import copying
 from trainkit.runs.folder import RunFolder, check_storage

@@ -27,7 +27,6 @@ from trainkit.training import loop
 from trainkit.training.board import Board
 from trainkit.training.checkpoint import read_state
 from trainkit.training.engine import Engine
-from trainkit.training.out_of_memory import free_bytes
 
 EVALUATING = "evaluating"
 Examples = list[dict[str, str]]  # source, predicted and expected text
@@ -163,6 +162,6 @@ class Results:
         if self.device.type == "cpu":
             return True
         num_bytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.model.parameters())
-        free = torch.tensor(float(free_bytes(self.device) > 2 * num_bytes), device=self.device)
+        free = torch.tensor(float(engine.free_bytes() > 2 * num_bytes), device=self.device)
         dist.all_reduce(free, op=dist.ReduceOp.MIN)
         return bool(free.item())

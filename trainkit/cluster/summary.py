@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainkit.errors import TrainkitError
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.runs.totals import rate, totals
 from trainkit.units import gib
 

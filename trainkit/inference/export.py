@@ -25,7 +25,6 @@ from trainkit.planning.facts import DEFAULT_LENGTH
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.files import linked, write_whole
 from trainkit.training.model import DTYPES, persistent_buffers
-from trainkit.training.out_of_memory import free_bytes
 from trainkit.training.tasks import TASKS, base_model
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path, recipe: Recipe, b
     verdict: list[TrainkitError | None] = [None]
     if dist.get_rank() == 0:
         whole |= _buffers(engine.model)
-        device = torch.device("cpu") if engine.plan.zero_stage == 3 else _roomy_device(whole, batch)
+        device = torch.device("cpu") if engine.plan.zero_stage == 3 else _roomy_device(engine, whole, batch)
         verdict = [
             _error_of(lambda: _write_and_check(engine.model, whole, tokenizer, folder, recipe, moved(batch, device), logits), folder)
         ]
@@ -223,9 +222,9 @@ def _few_rows(batch: MicroBatch) -> MicroBatch:
     return replace(batch, **rows)
 
 
-def _roomy_device(whole: Tensors, batch: MicroBatch) -> torch.device:
+def _roomy_device(engine: Engine, whole: Tensors, batch: MicroBatch) -> torch.device:
     """The batch's device if the model fits there twice, else the CPU."""
     device = batch.input_ids.device
-    if device.type == "cuda" and free_bytes(device) < 2 * sum(tensor.nbytes for tensor in whole.values()):
+    if device.type == "cuda" and engine.free_bytes() < 2 * sum(tensor.nbytes for tensor in whole.values()):
         return torch.device("cpu")
     return device

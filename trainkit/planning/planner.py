@@ -21,7 +21,7 @@ from trainkit.planning.memory import (
     model_state_bytes,
 )
 from trainkit.planning.plan import Fit, Plan
-from trainkit.planning.speed import UNUSED_BY_GRAPHS, compiles_blocks, what_keeps_graphs_away
+from trainkit.planning.speed import compiles_blocks, what_keeps_graphs_away
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import SHIPPED, ZeroConfig, read_zero
 from trainkit.units import format_bytes
@@ -96,7 +96,7 @@ def make_plan(
         selective_checkpointing=recipe.model.gradient_checkpointing == "selective",
         cuda_graphs=no_graphs is None,
         no_graphs=no_graphs,
-        notes=_notes(recipe, zero, ds_config, batch, hardware, no_graphs is None) + _faster_stage(zero, fits, hardware),
+        notes=_notes(recipe, zero, ds_config, batch, hardware, model is not None) + _faster_stage(zero, fits, hardware),
         zero_name=zero.name,
         device_name=hardware.name,
         device_memory=hardware.memory_bytes,
@@ -262,7 +262,7 @@ def _faster_stage(zero: ZeroConfig, fits: tuple[Fit, ...], hardware: Hardware) -
     return (f"{FASTEST} leaves half of the memory free here, and takes less time a step than {zero.name}, which pays for memory with it",)
 
 
-def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _Batch, hardware: Hardware, graphs: bool) -> tuple[str, ...]:
+def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _Batch, hardware: Hardware, sized: bool) -> tuple[str, ...]:
     notes = list(batch.notes)
     if recipe.batch.samples < _world_size(recipe):
         notes.append(f"{recipe.batch.samples} samples a step for {_world_size(recipe)} workers: some train an empty micro-batch")
@@ -271,12 +271,9 @@ def _notes(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], batch: _
     if zero.unused:
         notes.append(f"not used from {zero.name}: {', '.join(zero.unused)}")
     section = zero.json.get("zero_optimization", {})
-    unused = [key for key, value in section.items() if key.removeprefix("stage3_") in UNUSED_BY_GRAPHS and value not in (None, "auto")]
-    if graphs and zero.stage in (1, 3) and unused:
-        notes.append(
-            f"CUDA graphs gather and reduce whole blocks: {', '.join(unused)} of {zero.name} would matter with model.cuda_graphs: false"
-        )
-    if left := [key for key, value in section.items() if value == "auto" and key not in ds_config["zero_optimization"]]:
+    known = {key.removeprefix("stage3_") for key in ds_config["zero_optimization"]}
+    left = [key for key, value in section.items() if value == "auto" and key.removeprefix("stage3_") not in known]
+    if left and sized:
         notes.append(f"auto in {zero.name}, and left to DeepSpeed: {', '.join(left)}")
     pinned = [part for part in ("offload_optimizer", "offload_param") if (section.get(part) or {}).get("pin_memory") is True]
     if hardware.device == "cpu" and pinned:

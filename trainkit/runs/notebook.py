@@ -16,7 +16,7 @@ from trainkit.cluster.opening import opened
 from trainkit.cluster.session import cluster_address
 from trainkit.data.at_hand import save_rows
 from trainkit.errors import TrainkitError, UsageError
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.child import Child

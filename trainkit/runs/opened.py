@@ -13,7 +13,7 @@ from rich.text import Text
 
 from trainkit import markup
 from trainkit.errors import UsageError
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
 from trainkit.runs.compare import planned_bytes

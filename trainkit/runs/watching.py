@@ -18,7 +18,7 @@ from trainkit.runs.steps import kept_steps
 if TYPE_CHECKING:
     import pandas
 
-    from trainkit.planning.planner import Plan
+    from trainkit.planning.plan import Plan
     from trainkit.runs.folder import RunFolder
 
 _MOST_TIME = 0.2  # of one core, for drawing: the training may need it

@@ -19,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from trainkit.data.padding import MicroBatch, StepBatch
 from trainkit.errors import PlanMismatch
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.training.blocks import Sizes, compile_blocks, repeated_blocks
 from trainkit.training.cuda_graphs import FixedGradients, Graphs, Twin
 from trainkit.training.engine_states import EngineStates, Parameters
@@ -212,6 +212,13 @@ class Engine:
             gradients.append(self.ds.optimizer.grad_partitions_flat_buffer)
         held = (storage_bytes(tensors, seen) for tensors in (parameters, [*groups, *states, *partitions], gradients))
         return Held(*(sizes[self.device.type] for sizes in held))
+
+    def free_bytes(self) -> int:
+        """Of the GPU, for tensors beside the engine: what nobody holds, and what torch's allocator keeps, if no graph runs in that."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if self.graphs is not None and self.graphs.made:
+            return free
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def close(self) -> None:
         """Free what DeepSpeed holds, and the graphs."""

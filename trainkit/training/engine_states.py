@@ -14,7 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.training.model import persistent_buffers
 from trainkit.training.states import STATES, WEIGHT, Piece
 

@@ -18,7 +18,7 @@ import torch
 from trainkit.data.order import combine
 from trainkit.data.padding import StepBatch, StepFeed
 from trainkit.errors import NonFiniteError
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.recipe.schema import Recipe
 from trainkit.training.meters import StepLedger, StepRecord, Submitted
 from trainkit.training.rank_meters import BACKWARD, FORWARD, OPTIMIZER, RankMeters, Stopwatch

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from trainkit.data.order import set_hash
 from trainkit.data.padding import StepBatch
 from trainkit.planning.flops import Work, mfu
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 from trainkit.training.rank_meters import RankMeters, RankNumbers, Stopwatch
 from trainkit.units import gib
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from torch.utils import cpp_extension
 
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 
 BUILDERS = {"deepspeed_shm_comm": "ShareMemCommBuilder", "cpu_adam": "CPUAdamBuilder"}
 

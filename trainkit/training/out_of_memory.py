@@ -86,8 +86,3 @@ def _way_out(plan: Plan, where: str, in_micro_batches: bool) -> str:
         f"{graphs}batch.{key}: {smaller} (now {getattr(plan, key)}; the training stays the same), "
         f"train.halve_on_oom: true, which does that by itself, or {fewer}"
     )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Of a GPU, for new tensors: what nobody holds, and what torch's allocator holds and no tensor is in."""
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

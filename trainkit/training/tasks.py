@@ -84,17 +84,17 @@ def check_packing(logits: Callable[[MicroBatch], torch.Tensor], batch: MicroBatc
     """Raises DataError if a row's logits depend on the row that is packed in front of it. Every rank must call it: under ZeRO-3 a forward
     is a collective.
 
-    Each sequence of the batch is taken as two rows, whose border is in its middle, so that all ranks do the same whatever their rows are.
+    The batch's first sequence is taken as two rows, whose border is in its middle, so that all ranks do the same whatever their rows are.
     The first one is given other tokens; the second must not notice, beyond bf16's rounding.
     """
-    length = batch.input_ids.shape[1]
-    place = torch.arange(length, device=batch.input_ids.device)
-    border = length // 2
-    two = replace(batch, position_ids=torch.where(place < border, place, place - border).expand_as(batch.input_ids).contiguous())
-    changed = batch.input_ids.clone()
+    ids = batch.input_ids[:1]
+    border = ids.shape[1] // 2
+    place = torch.arange(ids.shape[1], device=ids.device)
+    positions = torch.where(place < border, place, place - border)[None]
+    changed = ids.clone()
     changed[:, :border] = changed.max() - changed[:, :border]
     with torch.no_grad():
-        before, after = (logits(replace(two, input_ids=ids))[:, border:].float() for ids in (batch.input_ids, changed))
+        before, after = (logits(replace(batch, input_ids=one, position_ids=positions))[:, border:].float() for one in (ids, changed))
     if (before - after).abs().max() > 2e-2 * before.abs().max():
         raise DataError(
             "data.packing: this model lets a row see the rows packed in front of it. "

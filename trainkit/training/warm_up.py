@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from trainkit.data.batches import Shape
 from trainkit.data.padding import MicroBatch
-from trainkit.planning.planner import Plan
+from trainkit.planning.plan import Plan
 
 if TYPE_CHECKING:
     from trainkit.training.engine import Engine
