@@ -51,7 +51,7 @@ def _absolute(written: str, bases: Sequence[Path], files_only: bool) -> str:
                 return str(candidate.resolve())
             if not files_only and _finds_something(candidate):
                 return str(candidate.absolute())
-        except (OSError, ValueError, RuntimeError, NotImplementedError):
+        except (OSError, ValueError, RuntimeError, NotImplementedError):  # no path: too long, a NUL, an unknown ~user, a glob of a drive
             continue
     return written
 
