@@ -14,7 +14,7 @@ actor called once a batch returns arrays. Ours, the DataLoaders and the Trainer'
 
 Ours reads at most AHEAD_STEPS batches ahead, and a measure holds many times as many, so that few of them are got for free.
 
-    python benchmarks/feed.py [--batches 1024]
+    python benchmarks/feed.py [--batches 1024 | --quick]
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ from trainkit.data.distributor import Feeding, make_distributor
 from trainkit.data.feed import CALL_BYTES, Feed, Source
 from trainkit.data.padding import Padding
 from trainkit.data.wire import WireCall
-from trainkit.recipe.schema import Recipe, Scaling, Train
+from trainkit.recipe.reader import read_recipe
 
 ROWS = 32  # of a micro-batch
-WARM_UP = 512  # as fast as can be, so that nothing that was read ahead before is left
+WARM_UP = 0.5  # of a measure's batches, as fast as can be, so that nothing that was read ahead before is left
+QUICK = 16  # batches that show that all ways run, and no more
 SETTLING = 64  # batches of the slower pace before its waits count
 SPARE = 100  # batches that nobody asks for, so that no reader sees the end and stops reading ahead
 WORK_SECONDS = 0.003
@@ -227,7 +228,7 @@ def padded(ids: Column, labels: Column) -> Batch:
 def measure(way: Callable[[Workload], Generator[Batch]], load: Workload, batches: int) -> dict[str, float]:
     """Microseconds: `us` a batch at full speed, p50 and p99 of the wait beside 3 ms of work."""
     with closing(way(load)) as feed:
-        for _ in range(WARM_UP):
+        for _ in range(int(WARM_UP * batches)):
             check(next(feed), load)
         start = time.perf_counter()
         for _ in range(batches):
@@ -271,18 +272,20 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=1024, help="micro-batches per measure; best several times AHEAD_STEPS")
-    batches = parser.parse_args().batches
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} micro-batches, once: whether all of it runs")
+    given = parser.parse_args()
+    batches, count = (QUICK, 1) if given.quick else (given.batches, ROUNDS)
     warnings.filterwarnings("ignore")  # the arrays are read-only, and nobody writes
     rounds: dict[tuple[str, str], list[dict[str, float]]] = {}
-    settings = environment_settings(Recipe.model_construct(scaling=Scaling(use_gpu=False), train=Train(max_steps=1)), local=True)  # type: ignore[call-arg]
+    settings = environment_settings(read_recipe(Path(__file__).parents[1] / "recipes/quickstart.yaml"), local=True)
     with (
         tempfile.TemporaryDirectory(prefix="trainkit-feed-") as folder,
         environment(settings),
         Signals() as signals,
         ray_session(None, settings, False, signals),
     ):
-        loads = [write(Path(folder), name, WARM_UP + SETTLING + 2 * batches + SPARE) for name in ("fixed", "wikisql")]
-        for number in range(ROUNDS):
+        loads = [write(Path(folder), name, int(WARM_UP * batches) + SETTLING + 2 * batches + SPARE) for name in ("fixed", "wikisql")]
+        for number in range(count):
             for load in loads:
                 for way in list(WAYS) if number % 2 == 0 else reversed(WAYS):
                     it = measure(WAYS[way], load, batches)

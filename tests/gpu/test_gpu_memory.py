@@ -12,7 +12,7 @@ from ranks import launch
 
 from trainkit.units import format_bytes
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 CASES = {
     **{stage: (stage, "t5", "bf16") for stage in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")},
     **{f"{stage} graphs": (stage, "t5", "bf16") for stage in ("zero1", "zero3")},
@@ -60,7 +60,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         for name, (zero, family, precision) in CASES.items()
     ]  # fmt: skip
     (folder / "cases.json").write_text(json.dumps(cases))
-    launch(Path(__file__).with_name("memory_worker.py"), [str(folder / "cases.json"), str(folder / "out.json")], workers, folder, 280)
+    launch(Path(__file__).with_name("memory_worker.py"), [str(folder / "cases.json"), str(folder / "out.json")], workers, folder, 400)
     results: dict[str, dict[str, Any]] = json.loads((folder / "out.json").read_text())
     for name, numbers in results.items():
         shown = {key: format_bytes(value) for key, value in numbers.items() if isinstance(value, int)}
@@ -70,7 +70,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_peak_of_a_tiny_step_is_what_the_plan_says(measured: dict[str, dict[str, Any]], name: str) -> None:
-    assert measured[name]["peak"] == pytest.approx(measured[name]["planned"], rel=0.1)
+    near = 0.1 if name == "zero3_offload" else 0.05  # there what is gathered at once counts most, and the plan bounds it
+    assert measured[name]["peak"] == pytest.approx(measured[name]["planned"], rel=near)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("zero3")])

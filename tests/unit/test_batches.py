@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainkit.data import catalogue
-from trainkit.data.batches import Budget, Part, compose, deal, round_up
-from trainkit.data.catalogue import SHAPES, Catalogues
+from trainkit.data.batches import Budget, LinedUp, Part, Shape, compose, deal, round_up
+from trainkit.data.catalogue import LENT, SHAPES, Catalogues
 from trainkit.data.packing import pack
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 200)), min_size=1, max_size=200)
@@ -113,6 +113,19 @@ def test_ranks_carry_nearly_equal_cost_in_few_shapes() -> None:
         loads.append([sum(costs[index] for index in mine) for mine in deal(costs, 8)])
     assert len(costs) >= 16 and len(shapes) <= SHAPES
     assert np.mean([max(load) / np.mean(load) for load in loads]) <= 1.02
+
+
+def test_a_step_that_its_catalogue_cannot_hold_borrows_few_shapes_of_the_first() -> None:
+    source, target = lognormal(8192)
+    budget, step = Budget(tokens=2200), slice(5632, 6144)  # for 18 workers; with the shapes for 18 it would take more
+    catalogues = Catalogues(source, target, 512, budget)
+    own = catalogues(512, 18)
+    assert own is not catalogues.first and len(own.shapes) <= SHAPES - LENT
+    assert LinedUp.of(source[step], target[step], budget, own).fewest > 18
+    parts = compose(source[step], target[step], 18, budget, catalogues)
+    assert np.array_equal(np.sort(np.concatenate([part.samples for part in parts])), np.arange(512))
+    borrowed = {part.shape for part in parts} - {Shape(*shape) for shape in own.shapes.tolist()}
+    assert len(parts) == 18 and 0 < len(borrowed) <= LENT
 
 
 @pytest.mark.parametrize("k", [2, 4, 8])

@@ -87,6 +87,14 @@ def test_stage_3_cuts_everything_and_gathers() -> None:
     assert memory.host_total == 0
 
 
+def test_stage_1_with_graphs_has_the_gradients_once_more_in_fp32_at_the_step() -> None:
+    """And the partition's as they were, if a rank has a part of them only."""
+    alone, two = states("zero1", 1, graphs=True), states("zero1", 2, graphs=True)
+    assert alone.device == {"parameters": 2 * T, "gradients": 2 * T, "optimizer": 12 * T, "buckets": 0}
+    assert alone.device_total == alone.device_at_step == (2 + 2 + 12 + 4) * T
+    assert two.device_total == two.device_at_step == (2 + 2) * T + (12 + 2 + 4) * T // 2
+
+
 def test_stage_3_by_blocks_keeps_what_is_in_none_whole() -> None:
     memory, rest = states("zero3", 4, graphs=True), 32128 * 1024 + 2 * 1024  # with the last norms
     assert memory.device["parameters"] == 2 * (T // 4) + 2 * rest

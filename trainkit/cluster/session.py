@@ -60,6 +60,7 @@ def environment_settings(recipe: Recipe, local: bool) -> dict[str, str]:
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": _start_seconds(recipe),  # others' jobs get this long to free what they hold
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less: the driver itself looks for nodes that will go away
         "RAY_TRAIN_METRICS_ENABLED": "0",  # Ray's own dashboards are not started
+        "RAY_prestart_worker_first_driver": "0",  # no idle Python for each core, which would hold up the few processes that are needed
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # no warning about GPUs that an actor without GPUs could see
         "RAY_ENABLE_AUTO_CONNECT": "0",  # a call that comes after the end of a session starts no Ray of its own
     }

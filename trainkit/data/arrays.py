@@ -47,7 +47,9 @@ class Ragged:
         """(values of the rows end to end, length of each row)."""
         lengths = self.lengths(rows)
         if len(rows) and lengths.sum() >= _LONG * len(rows):
-            return np.concatenate([self.row(row) for row in rows.tolist()]), lengths
+            begins = self.offsets[rows]
+            ends = begins + lengths
+            return np.concatenate([self.values[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]), lengths
         ends = np.cumsum(lengths)
         where = np.repeat(self.offsets[rows] - ends + lengths, lengths) + np.arange(lengths.sum())
         return self.values[where], lengths

@@ -16,6 +16,7 @@ import numpy as np
 
 from trainkit.planning.facts import LENGTH_STEP
 
+FOREIGN = 2.0  # times their power: what shapes cost that only rare steps need
 _SLACK_RUNS, _SLACK_SAMPLES = 4, 1 << 15  # how far a cut may be off an even pace: so many runs, or of runs × samples so much
 
 
@@ -71,14 +72,22 @@ class Catalogue:
     edges: tuple[int, ...]  # upper bounds of the strips of source length, ascending
     tail: int  # targets longer than this make a strip of their own
     power: int  # of the costs whose sum is made least: a high one wants little padding and equal costs alike
+    foreign: np.ndarray | None = None  # bool [shapes]: of another catalogue, to be used where its own do not do
 
     @property
     def costs(self) -> np.ndarray:
         return self.shapes[:, 0] * (self.shapes[:, 1] + self.shapes[:, 2])
 
     def powers(self, unit: float) -> np.ndarray:
-        """Of the costs in a unit; multiplied out, which gives the same bits on every processor."""
-        return np.multiply.reduce([self.costs / unit] * self.power)
+        """Of the costs in a unit, FOREIGN times as much for foreign shapes. Multiplied out: the same bits on every processor."""
+        powers = np.multiply.reduce([self.costs / unit] * self.power)
+        return powers if self.foreign is None else np.where(self.foreign, FOREIGN * powers, powers)
+
+    def lent_to(self, other: Catalogue) -> Catalogue:
+        """The shapes of both, for samples in these lines: holds what this one holds, and uses few shapes that the other has not."""
+        shapes = np.unique(np.concatenate([self.shapes, other.shapes]), axis=0)
+        own = (shapes[:, None] == other.shapes).all(2).any(1)
+        return Catalogue(shapes, self.edges, self.tail, other.power, ~own)
 
 
 class Catalogues(Protocol):
@@ -86,7 +95,7 @@ class Catalogues(Protocol):
 
     @property
     def first(self) -> Catalogue:
-        """The one that decides into how many micro-batches a step is cut, and with whose shapes if that for k cannot."""
+        """The one that decides into how many micro-batches a step is cut, and lends its shapes if those for k cannot hold it."""
 
     def __call__(self, samples: int, k: int) -> Catalogue:
         """The one for steps of `samples` in k micro-batches."""
@@ -107,7 +116,9 @@ def compose(source: np.ndarray, target: np.ndarray, world_size: int, budget: Bud
     k = multiple(first.fewest, world_size)
     catalogue = catalogues(len(source), k)
     of_k = first if catalogue is first.catalogue else LinedUp.of(source, target, budget, catalogue)
-    return (of_k if of_k.fewest <= k else first).cut(k)
+    if of_k.fewest > k:
+        of_k = LinedUp.of(source, target, budget, catalogues.first.lent_to(catalogue))
+    return of_k.cut(k)
 
 
 def _by_rows(source: np.ndarray, target: np.ndarray, k: int) -> list[Part]:

@@ -6,7 +6,8 @@ are missed least are dropped until few are left, and their neighbours get a chan
 
 The world size does not enter. What does is k, the number of micro-batches of a whole step: many call for smaller shapes than few. All k
 that the budget asks for share the first catalogue, which is all that one rank needs; the larger ones that are left to multiples of the
-world size lie in bins with a catalogue each. A run uses those of its usual k, mostly one or two, and for its rare steps the first.
+world size lie in bins with a catalogue each, to which the first lends some shapes for rare steps. A run uses those of its usual k, mostly
+one or two.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from trainkit.data.batches import Budget, Catalogue, LinedUp, Part, Shape
 from trainkit.data.order import samples_of_step
 from trainkit.planning.facts import LENGTH_STEP
 
-SHAPES = 64  # of a catalogue
+SHAPES = 64  # of the first catalogue
+LENT = 4  # the others have so many less, for what the first lends them
 ALIGNED_FROM = 64  # lengths from here on are multiples of LENGTH_STEP; for shorter ones that would take 4 to 12 % more tokens
 FIRST, BIN = 1.04, 1.07  # ratios: where the first bin ends to the most micro-batches that a trial step needs, and of other bins' ends
 EVEN_FROM = 16  # micro-batches; with fewer, equal costs take 2 to 5 % more padding, and are wanted where nothing else bounds the dearest:
 LOOSE = 2.5  # a budget beyond so many times the cost without padding does not
-EVEN_POWER = 80  # power × micro-batches: with many for each rank the sums even out by themselves
+EVEN_POWER = 96  # power × micro-batches: with many for each rank the sums even out by themselves
 MOST_MICRO_BATCHES = 32  # of a trial step: larger steps are cut like smaller ones, in more time
 TRIAL_SAMPLES, TRIAL_STEPS = 12_288, 160  # at most, enough to choose shapes by
 EVEN_TRIALS = 640  # micro-batches, where rare shapes decide how even the ranks are
@@ -79,7 +81,7 @@ class Catalogues:
         samples = math.ceil(self.samples * min(1.0, MOST_MICRO_BATCHES / high))
         share = samples / self.samples
         ks = list(range(math.floor(low * share) + 1, math.floor(high * share) + 1)) or [math.ceil(high * share)]
-        aim = _Aim(self.source, self.target, self.longest, self.budget, samples, ks, 1)
+        aim = _Aim(self.source, self.target, self.longest, self.budget, samples, ks, 1, SHAPES if low < self.least else SHAPES - LENT)
         if high >= EVEN_FROM or (high >= 2 and self.budget.limit > LOOSE * aim.usual):
             aim = replace(aim, power=max(2, round(EVEN_POWER / high)))
         steps = self._steps(samples, EVEN_TRIALS // ks[-1] if aim.power > 1 else TRIAL_SAMPLES // samples)
@@ -128,6 +130,7 @@ class _Aim:
     samples: int  # of a trial step
     ks: Sequence[int]  # of trial steps, ascending
     power: int
+    most: int  # shapes
 
     @property
     def k(self) -> int:
@@ -228,15 +231,15 @@ def _neighbours(aim: _Aim, pool: _Pool) -> _Pool:
 
 
 def _pruned(aim: _Aim, pool: _Pool, trials: Sequence[_Trial]) -> tuple[float, _Pool]:
-    """Drop the shapes that are missed least until SHAPES are left: (sum of the costs' powers over the trials, what is left)."""
+    """Drop the shapes that are missed least until `aim.most` are left: (sum of the costs' powers over the trials, what is left)."""
     while True:
         catalogue, count = pool.catalogue, len(pool.catalogue.shapes)
         some = trials[: max(4, COMPARED // (count * aim.samples))]
         used = [(trial, part) for trial in some for part in _composed(trial, aim, catalogue)]
-        if count <= SHAPES:
+        if count <= aim.most:
             return float(sum((part.shape.cost / aim.usual) ** aim.power for _, part in used)), pool
         runs = [(len(ids), trial.source[ids].max(), trial.target[ids].max()) for trial, (ids, *_) in used if len(ids)]
-        keep = _missed(np.array(runs), pool, aim.usual, max(SHAPES, count // 2))
+        keep = _missed(np.array(runs), pool, aim.usual, max(aim.most, count // 2))
         pool = _Pool(Catalogue(catalogue.shapes[keep], catalogue.edges, catalogue.tail, catalogue.power), pool.spare[keep])
 
 

@@ -15,7 +15,7 @@ With CUDA graphs stage 1 has no bucket, and stage 3 holds one repeated block at 
 stage 3, and with offload, the whole gradient of a weight that is used several times is summed in two tensors: the largest weight's count
 as buckets. Optimizer offload moves gradient partitions and optimizer to the host and keeps there an fp32 gradient and a 16 bit copy of the
 partition; on its way a gradient exists once more, in fp32. All of it was compared with the peak of a tiny step on H200
-(tests/gpu/test_gpu_memory.py), save for the two with CUDA graphs.
+(tests/gpu/test_gpu_memory.py), the two with CUDA graphs on one.
 Activations are not model states: `activation_bytes_per_token` bounds them.
 """
 
@@ -128,15 +128,16 @@ def _stage_0(case: _Case) -> Memory:
 def _stage_1(case: _Case) -> Memory:
     """Whole gradients until the step's end; twice where they accumulate in another type than they are computed in.
 
-    With CUDA graphs they are reduced at once: there are no buckets, and at the step the partition's gradients exist beside all of them,
-    as they were and in fp32.
+    With CUDA graphs they are reduced at once: there are no buckets, and at the step the partition's gradients exist beside all of them
+    in fp32, and as they were unless one rank has them all.
     """
     extra = 0 if case.accumulated == case.width else case.accumulated
     memory = _partitioned_optimizer(case, (case.width + extra) * case.trained)
     if not case.graphs:
         return memory
     device = memory.device | {"buckets": 0}
-    return replace(memory, device=device, device_at_step=sum(device.values()) + (case.width + case.fp32_copy) * case.partition)
+    reduced = case.width if case.world_size > 1 else 0
+    return replace(memory, device=device, device_at_step=sum(device.values()) + (reduced + case.fp32_copy) * case.partition)
 
 
 def _stage_2(case: _Case) -> Memory:
