@@ -2,7 +2,7 @@
 
 import sys
 
-from trainkit.cli import main
+from trainkit.cli import command
 
 if __name__ == "__main__":
-    main(["run", *sys.argv[1:]])
+    command(["run", *sys.argv[1:]])

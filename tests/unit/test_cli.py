@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -31,6 +33,14 @@ def test_a_missing_recipe_is_one_message(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--version") == 0
     assert capsys.readouterr().out == f"trainkit {metadata.version('trainkit')}\n"
+
+
+@pytest.mark.parametrize("arguments, code", [(["--version"], 0), (["run", "no_such.yaml"], 2)])
+def test_the_process_ends_with_the_code_after_all_was_said_and_what_was_left_for_its_end(arguments: list[str], code: int) -> None:
+    program = "import atexit, sys; from trainkit import cli; atexit.register(print, 'the end'); cli.command(sys.argv[1:])"
+    ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == code and ended.stdout.endswith("the end\n")
+    assert (metadata.version("trainkit") in ended.stdout) if code == 0 else ("no_such.yaml" in ended.stderr)
 
 
 def test_an_unknown_option_or_verb_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from trainkit.cluster.session import Head, environment, environment_settings, job_environment
+from trainkit.cluster.session import Head, end_processes, environment, environment_settings, job_environment
 from trainkit.errors import TrainingError
 from trainkit.recipe.reader import read_recipe
 
@@ -66,3 +67,23 @@ def test_a_head_is_well_while_its_processes_live_and_its_port_answers() -> None:
     with pytest.raises(TrainingError, match="was ended from outside"):
         Head([here], address).check()
     Head([], address).check()  # of a joined cluster: Ray itself finds out
+
+
+def test_the_end_does_not_wait_for_those_that_nobody_takes_note_of() -> None:
+    """A grandchild that has ended, whose parent does not care, and one that does not end by itself."""
+    lives, dies = (
+        f"import os, time; pid = os.fork(); pid or {does}; print(pid, flush=True); time.sleep(60)"
+        for does in ("time.sleep(60)", "os._exit(0)")
+    )
+    parents = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for code in (lives, dies)]
+    try:
+        alive, ended = (psutil.Process(int(parent.stdout.readline())) for parent in parents if parent.stdout is not None)
+        began = time.monotonic()
+        end_processes([ended], seconds=30)
+        assert time.monotonic() - began < 5
+        end_processes([alive], seconds=0.1)
+        assert not alive.is_running() or alive.status() == psutil.STATUS_ZOMBIE
+    finally:
+        for parent in parents:
+            parent.kill()
+            parent.communicate()

@@ -9,6 +9,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -24,6 +25,7 @@ from trainkit.recipe.schema import Recipe
 
 _OBJECT_STORE_BYTES = 512 * 2**20  # batches on their way are small; /dev/shm often is, too
 _PROBE_SECONDS = 5.0
+_LOOK_SECONDS = 0.05
 _SHARES = ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 _OWN_BIN = str(Path(sys.executable).parent)
 
@@ -207,7 +209,11 @@ class Head:
 
 
 def _ended(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    """A zombie has ended, whoever has yet to take note of it: where the first process reaps nobody, that may be never."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _refuses(address: tuple[str, int]) -> bool:
@@ -223,8 +229,16 @@ def _refuses(address: tuple[str, int]) -> bool:
 
 def end_processes(processes: Sequence[psutil.Process], seconds: float = 5) -> None:
     """Give processes some time to end by themselves, then end them."""
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    for process in alive:
+    for process in _outlasting(processes, seconds):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(alive, timeout=5)
+    _outlasting(processes, 5)
+    psutil.wait_procs(processes, timeout=0)  # no zombies of ours are left
+
+
+def _outlasting(processes: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (alive := [process for process in processes if not _ended(process)]) and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+    return alive
