@@ -24,6 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error of a library, for a message that tells the rest itself; its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class TrainkitError(Exception):
     """Base of all errors a user can meet: `message` says what happened, where, and what to do."""
 

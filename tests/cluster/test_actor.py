@@ -160,7 +160,7 @@ def test_progress_is_counted_by_rank_and_names_the_slowest(two_nodes: str, tmp_p
     assert (progress["steps"], progress["steps_behind"], progress["slowest_rank"]) == (2, 6, 1)
     assert ray.get(actor.get_progress.remote(0))["samples"] > progress["samples"] > 0
     behind = "rank 1 is furthest behind: it was handed train steps up to 2, others up to 8"
-    assert distributor.said(actor, timeout=10) == f"is idle; {behind}"
+    assert distributor.activity_of(actor, timeout=10) == f"is idle; {behind}"
 
 
 def test_the_ranks_of_all_actors_that_answer_are_told(two_nodes: str, tmp_path: Path) -> None:

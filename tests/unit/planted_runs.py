@@ -48,7 +48,7 @@ def plant(
     error: TrainkitError | None = None,
     environment: dict[str, Any] | None = ENVIRONMENT,
 ) -> RunFolder:
-    """A run with these losses; `ended` False leaves summary.json away, as a killed command does. The last rank takes `peak_gib`."""
+    """A run with these losses; `ended` False makes no summary.json, as a killed command leaves it. The last rank takes `peak_gib`."""
     workers = "scaling.use_gpu=true" if hardware.device == "cuda" else "scaling.use_gpu=false"
     wish = read_recipe(RECIPES / f"{recipe}.yaml", [f"train.max_steps={max(1, len(losses))}", workers, *overrides])
     plan = make_plan(wish, read_zero(wish.zero), t5_large(), DataFacts(ROWS, 100), hardware)

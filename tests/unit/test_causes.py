@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
-from trainkit.cluster.causes import first_cause, told_by_a_rank
+from trainkit.cluster.causes import first_cause, rank_error
 from trainkit.errors import CapacityError, DataError, NonFiniteError, OutOfMemory, TrainingError
 from trainkit.runs.folder import RunFolder
 
@@ -178,11 +178,11 @@ def test_a_process_that_was_ended_for_want_of_host_memory_is_named_so(folder: Ru
 
 
 def test_what_a_rank_told_comes_before_what_looks_like_a_hang(folder: RunFolder) -> None:
-    assert told_by_a_rank(folder) is None
+    assert rank_error(folder) is None
     folder.write_error(0, 3, PEER_LOST, "Traceback")
-    assert told_by_a_rank(folder) is None, "it only says that another one is gone"
+    assert rank_error(folder) is None, "it only says that another one is gone"
     folder.write_error(1, 3, NonFiniteError("step 4: the loss is not finite", step=4), "Traceback")
-    assert type(told_by_a_rank(folder)) is NonFiniteError
+    assert type(rank_error(folder)) is NonFiniteError
 
 
 def test_workers_that_found_no_place_in_time_are_a_matter_of_capacity(folder: RunFolder) -> None:

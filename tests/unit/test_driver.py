@@ -42,7 +42,9 @@ def run_of(folder: Path, **model: Any) -> _Run:
     console = Console(file=io.StringIO(), width=200)
     signals = MagicMock(taken=False)
     made = RunFolder.create(folder, "t5")
-    return _Run(None, False, recipe, recipe, decision, decision.plan, made, console, signals, MagicMock(), False, prepared=PREPARED)
+    run = _Run(None, False, recipe, recipe, decision, decision.plan, made, console, signals, MagicMock(), False)
+    run.preparation.rows = PREPARED
+    return run
 
 
 def told(run: _Run) -> str:
@@ -73,7 +75,7 @@ def test_graphs_that_were_asked_for_end_the_run(tmp_path: Path) -> None:
 
 def test_what_fails_before_there_are_rows_is_not_tried_again(tmp_path: Path) -> None:
     run = run_of(tmp_path)
-    run.prepared = None
+    run.preparation.rows = None
     failure = OSError(28, "No space left on device")
     with pytest.raises(OSError) as raised:
         run._restart_or_raise(failure, None)

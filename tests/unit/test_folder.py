@@ -165,12 +165,12 @@ def test_the_tail_gives_each_complete_line_once(folder: RunFolder) -> None:
     tail = StepTail(folder)
     assert list(tail.new_steps()) == []
     with folder.steps_path.open("a") as file:
-        file.write('{"step": 1}\n{"st')
+        file.write(line(1) + line(2)[:9])
         file.flush()
-        assert list(tail.new_steps()) == [{"step": 1}]
-        file.write('ep": 2}\n')
+        assert list(tail.new_steps()) == [step(1)]
+        file.write(line(2)[9:] + line(3)[:9] + "\n" + line(4))
         file.flush()
-        assert list(tail.new_steps()) == [{"step": 2}]
+        assert list(tail.new_steps()) == [step(2), step(4)], "a damaged line ends no run"
     assert list(tail.new_steps()) == []
 
 

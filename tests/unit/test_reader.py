@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import textwrap
 from pathlib import Path
 
@@ -58,6 +59,17 @@ def test_the_smallest_recipe_gets_its_defaults(folder: Path) -> None:
     assert recipe.name == "wish" and recipe.optimizer.lr == 1e-4 and recipe.scaling.num_workers == 1
     assert recipe.model.path == "google-t5/t5-small" and recipe.data.path == "some/set"
     assert recipe.run.storage_path == str(folder.parent / "work" / "runs")
+
+
+def test_a_path_into_a_folder_that_is_closed_to_this_user_is_no_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_file(path: Path) -> bool:
+        if path.name == "t5-small":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat.S_ISREG(path.stat().st_mode) if path.exists() else False
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    (found,) = faults(write(folder))
+    assert "wish.yaml:2: model.path:" in found and "google-t5/t5-small cannot be read: permission denied" in found
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

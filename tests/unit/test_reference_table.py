@@ -221,7 +221,7 @@ def test_too_few_steps_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "gpus, options, message",
     [
-        (0, ["--data", "nope"], "every row trains the quickstart's data. Name --models too, or leave it away"),
+        (0, ["--data", "nope"], "every row trains the quickstart's data. Name --models too, or neither"),
         (2, ["--data", "nope"], "--data nope: no such folder"),
         (2, ["--runs", "file"], "--runs file: cannot be a folder of runs: File exists. Name another"),
         (2, ["--runs", "file/runs"], "--runs file/runs: cannot be a folder of runs: Not a directory. Name another"),

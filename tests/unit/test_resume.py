@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 
 from trainkit.cluster.driver import _Run
+from trainkit.cluster.preparing import Preparation
 from trainkit.cluster.resume import LAYOUT, check_unfinished, kept_budget, resumed_recipe, run_to_resume, untraced
 from trainkit.data.tokens import Prepared
 from trainkit.errors import DataError, UsageError
@@ -99,7 +99,7 @@ def test_a_name_that_is_a_path_is_refused(storage: Path, name: str) -> None:
 def test_a_name_of_no_run_is_refused(storage: Path) -> None:
     (storage / "empty").mkdir(parents=True)
     for name in ("empty", "nowhere"):
-        with pytest.raises(UsageError, match=rf"{storage / name} is no run folder\. Leave --resume away"):
+        with pytest.raises(UsageError, match=rf"{storage / name} is no run folder\. Without --resume"):
             run_to_resume(asked(storage), QUICKSTART, name)
 
 
@@ -304,11 +304,13 @@ def test_a_run_that_did_not_complete_goes_on_even_after_its_last_step(storage: P
 
 
 def test_a_run_does_not_go_on_over_rows_that_changed_under_the_same_name(tmp_path: Path) -> None:
-    run = SimpleNamespace(folder=RunFolder(tmp_path / "it"))
     checkpoint = Checkpoint(tmp_path / "it" / "checkpoints" / "step-000004")
     checkpoint.path.mkdir(parents=True)
     (checkpoint.path / "state.json").write_text('{"data": "key-of-the-old-rows"}')
-    check = partial(_Run._check_data, cast(_Run, run))
+
+    def check(rows: Prepared, checkpoint: Checkpoint | None) -> None:
+        Preparation(asked(tmp_path), RunFolder(tmp_path / "it"), None, False, MagicMock(), MagicMock(), print, rows).check_rows(checkpoint)
+
     check(Prepared(train="tokens/key-of-the-old-rows", eval=None, label_names=None), checkpoint)
     changed = Prepared(train="tokens/key-of-the-new-rows", eval=None, label_names=None)
     check(changed, None)

@@ -142,9 +142,7 @@ def _check_worker(scaling: Scaling) -> None:
     worker = worker_resources(scaling)
     gpus = worker.get("GPU", 0)
     if gpus and not scaling.use_gpu:
-        raise UsageError(
-            f"scaling: use_gpu is false, and resources_per_worker asks for {gpus:g} GPU. Write use_gpu: true or leave GPU away"
-        )
+        raise UsageError(f"scaling: use_gpu is false, and resources_per_worker asks for {gpus:g} GPU. Write use_gpu: true, or no GPU there")
     if scaling.use_gpu and not gpus:
         raise UsageError("scaling: use_gpu is true, and resources_per_worker asks for 0 GPU. Write use_gpu: false or GPU: 1")
     if not any(worker.values()):

@@ -52,7 +52,7 @@ def first_cause(failure: BaseException, folder: RunFolder, world_size: int, oom_
     return _unknown(failure, folder, world_size)
 
 
-def told_by_a_rank(folder: RunFolder) -> TrainkitError | None:
+def rank_error(folder: RunFolder) -> TrainkitError | None:
     """The first error that a rank left of its own; None if there is none: the others' only say that a peer is gone."""
     own = [error for error in folder.errors() if not _lost_a_peer(error)]
     return _told(own[0], folder) if own else None

@@ -6,9 +6,9 @@ on the folder gets a summary, whatever happens.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,15 @@ from trainkit.cluster.capacity import Node, workers_on
 from trainkit.cluster.decision import Decision
 from trainkit.cluster.faults import Allowed, Failure
 from trainkit.cluster.faults import decide as decide_what_to_do
-from trainkit.cluster.launch import Launch, Ready, launch
+from trainkit.cluster.launch import Launch, launch
 from trainkit.cluster.opening import opened
-from trainkit.cluster.progress import View, counter, display
+from trainkit.cluster.preparing import Preparation
+from trainkit.cluster.progress import display
 from trainkit.cluster.resume import untraced
-from trainkit.cluster.session import cluster_address, environment, environment_settings, ray_session
+from trainkit.cluster.session import cluster_address
 from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
-from trainkit.errors import DataError, Interrupted, TrainingError, TrainkitError, UsageError
+from trainkit.errors import Interrupted, TrainingError, TrainkitError, UsageError
 from trainkit.planning.plan import Plan
 from trainkit.planning.revision import halved, with_micro_batches, without_graphs
 from trainkit.planning.show import batch_equation, plan_text
@@ -100,11 +101,13 @@ class _Run:
     ungraphed: bool = False  # CUDA graphs, or the memory they take, have failed
     most_workers: int | None = None  # of the next attempt
     oom_kills: int = field(default_factory=hardware.oom_kills)  # before this attempt
-    prepared: Any = None  # the tokenized rows
     without_data: Plan = field(init=False)  # `plan` before the shapes of micro-batches were known
+    preparation: Preparation = field(init=False)
 
     def __post_init__(self) -> None:
         self.without_data = self.plan
+        say = functools.partial(self._say, style="yellow")
+        self.preparation = Preparation(self.recipe, self.folder, self.address, self.verbose, self.console, self.signals, say)
 
     def train(self) -> dict[str, Any]:
         """From the made folder to rank 0's outcome."""
@@ -121,14 +124,14 @@ class _Run:
                     self._restart_or_raise(failure, checkpoint)
                 checkpoint = self._checkpoint()
         finally:
-            self._first_weights_path.unlink(missing_ok=True)  # a whole model in fp32, of no use to anybody now
+            self.preparation.forget_weights()
 
     def _attempt(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
         done = self.done = 0 if checkpoint is None else checkpoint.step
         startup.begin(self.folder, time.time() if self.failures else self.worked.began)
         startup.ended(self.folder, startup.PLAN)
         if self.resumed or checkpoint is not None or self.address is not None:  # before steps are dropped, or a cluster's processors taken
-            self._check_data(self._prepare(), checkpoint)
+            self.preparation.check_rows(checkpoint)
             startup.ended(self.folder, startup.ROWS)
         attempt, self.oom_kills = self.folder.begin_attempt(done < self.plan.total_steps), hardware.oom_kills()
         for told in keep_steps(self.folder, done):
@@ -143,10 +146,10 @@ class _Run:
             plan_on=self._plan_on,
             data_known=self._data_known,
             folder=self.folder,
-            ready=lambda check: Ready(self._prepare(check), self._first_weights() if checkpoint is None else None),
+            ready=lambda check: self.preparation.ready(check, checkpoint),
             address=self.address,
             verbose=self.verbose,
-            say=lambda text: self._say(text, "yellow"),
+            say=self.preparation.say,
             attempt=attempt,
             checkpoint=checkpoint,
             worked=(self.worked.before, self.worked.began),
@@ -155,7 +158,7 @@ class _Run:
 
     def _restart_or_raise(self, failure: Exception, checkpoint: Checkpoint | None) -> None:
         error = _cause(failure, self)
-        if self.prepared is None and not error.facts.get("from_outside"):  # what cannot be made ready is not the workers' fault
+        if self.preparation.rows is None and not error.facts.get("from_outside"):  # what cannot be made ready is not the workers' fault
             raise failure
         steps = self.folder.read_steps()
         began_at, ended_at = 0 if checkpoint is None else checkpoint.step, steps[-1]["step"] if steps else 0
@@ -237,64 +240,8 @@ class _Run:
                 raise
             raise TrainingError(f"{error.message}. The workers could not be started again: --resume later") from None
 
-    def _check_data(self, prepared: Any, checkpoint: Checkpoint | None) -> None:
-        if checkpoint is None:
-            return
-        from trainkit.training.checkpoint import read_state
-
-        if read_state(checkpoint)["data"] != prepared.key:
-            raise DataError(
-                f"data.train: {self.folder.path} was begun with other rows or another tokenizer: the order of its samples cannot go on. "
-                "Put the data back as it was, or begin a new run without --resume"
-            )
-
     def _say(self, text: str, style: str) -> None:
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
-
-    def _prepare(self, check: Callable[[], None] = lambda: None) -> Any:
-        if self.prepared is not None:
-            return self.prepared
-        from trainkit.data.tokens import prepare
-
-        waits = "waiting for another run, which tokenizes the same rows,"
-        with display(self.console, self.address is not None or self.verbose) as shown:
-            show = counter(shown, "tokenizing", "row")
-
-            def count(done: int, total: int) -> None:
-                check()
-                show(done, total)
-
-            def wait(seconds: float) -> None:
-                check()
-                shown.show(View(waits, seconds))
-
-            prepared = prepare(self.recipe, count, self._spread(), wait)
-        for note in prepared.notes:
-            self._say(note, "yellow")
-        self.prepared = prepared
-        return prepared
-
-    def _spread(self) -> Any:
-        """Where rows are encoded: on this machine, or on a joined cluster if they are many."""
-        from trainkit.cluster.tokenizing import on_cluster
-        from trainkit.data import chunks
-
-        return chunks.here if self.address is None else on_cluster(self._joined)
-
-    @contextlib.contextmanager
-    def _joined(self) -> Iterator[None]:
-        settings = environment_settings(self.recipe, local=False)
-        with environment(settings), ray_session(self.address, settings, self.verbose, self.signals):
-            yield
-
-    def _first_weights(self) -> Path | None:
-        from trainkit.training.model import write_first_weights
-
-        return write_first_weights(self.recipe, self._first_weights_path, self._prepare().label_names)
-
-    @property
-    def _first_weights_path(self) -> Path:
-        return self.folder.ray / "first_weights.safetensors"
 
     def _stopping(self) -> None:
         steps = self.folder.read_steps()

@@ -50,7 +50,7 @@ class Fit:
 
     def watched(self, asked: Launch, display: Display) -> dict[str, Any]:
         """To its end; raises what it raises, and the TrainingError of a rank that hangs."""
-        from trainkit.cluster.causes import told_by_a_rank
+        from trainkit.cluster.causes import rank_error
 
         watch, notices = Watch(asked.folder, asked.plan.total_steps, by_rank=asked.verbose), _Notices(asked)
         stillnesses = Stillnesses(asked.plan.world_size, lambda: signs(asked.folder, asked.plan.world_size))
@@ -59,7 +59,7 @@ class Fit:
                 _say_notes(asked)
                 still = stillnesses.look()
                 if still is not None and still.hangs:
-                    raise told_by_a_rank(asked.folder) or still.error()
+                    raise rank_error(asked.folder) or still.error()
                 display.show(watch.look() if still is None else View(f"{still.text()},", still.seconds))
                 self.check()
                 notices.look()

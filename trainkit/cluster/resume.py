@@ -30,13 +30,15 @@ def run_to_resume(recipe: Recipe, path: Path | None, name: str | None) -> RunFol
         folder = storage / check_name(name)
         url = recipe.run.copy_checkpoints_to
         if not (folder / "recipe.yaml").is_file() and (url is None or not make_again(url, folder)):
-            raise UsageError(f"--resume: {folder} is no run folder. Leave --resume away to begin")
+            raise UsageError(f"--resume: {folder} is no run folder. Without --resume a new run begins")
         return RunFolder(folder)
     if path is not None and path.name == "recipe.yaml" and (path.parent / "plan.json").is_file():
         return RunFolder(path.parent.absolute())
     unfinished = [folder for folder in _runs(storage) if _is_unfinished(folder) and _recipe_name(folder) == recipe.name]
     if not unfinished:
-        raise UsageError(f"--resume: no unfinished run of {recipe.name} lies in {storage}. Name one with --name, or leave --resume away")
+        raise UsageError(
+            f"--resume: no unfinished run of {recipe.name} lies in {storage}. Name one with --name, or start a new one without --resume"
+        )
     return max(unfinished, key=lambda folder: (folder.path / "recipe.yaml").stat().st_mtime_ns)
 
 

@@ -20,7 +20,7 @@ import psutil
 from trainkit.cluster.capacity import Node, worker_resources
 from trainkit.cluster.hardware import cpu_count
 from trainkit.cluster.signals import Signals
-from trainkit.errors import TrainingError, UsageError
+from trainkit.errors import TrainingError, UsageError, first_line
 from trainkit.recipe.schema import Recipe
 
 _OBJECT_STORE_BYTES = 512 * 2**20  # batches on their way are small; /dev/shm often is, too
@@ -163,8 +163,7 @@ def _join(address: str, settings: dict[str, str], verbose: bool) -> None:
             logging_level=logging.INFO if verbose else logging.ERROR,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--address {address}: no Ray cluster can be joined: {reason}") from None
+        raise UsageError(f"--address {address}: no Ray cluster can be joined: {first_line(error)}") from None
 
 
 def living_nodes() -> list[Node]:

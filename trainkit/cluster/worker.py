@@ -23,7 +23,7 @@ from trainkit.cluster.hardware import worker_device
 from trainkit.cluster.job import Job
 from trainkit.cluster.results import EVALUATING, Results
 from trainkit.data.batches import Shape
-from trainkit.data.distributor import said
+from trainkit.data.distributor import activity_of
 from trainkit.data.feed import CALL_BYTES, Feed, Source
 from trainkit.data.order import chain, epoch_of_step
 from trainkit.data.padding import MicroBatch, Padding, moved
@@ -301,7 +301,7 @@ class Worker:
             answer = handle.steps.remote(split, first, count, self.rank, CALL_BYTES)
             return lambda: ray.get(answer)
 
-        source = Source(ask, lambda: said(handle, _ANSWER_SECONDS), lambda text: self.folder.write_phase(text or self.phase_text))
+        source = Source(ask, lambda: activity_of(handle, _ANSWER_SECONDS), lambda text: self.folder.write_phase(text or self.phase_text))
         return Feed(source, padding, rank=self.rank, last_step=last_step, device=self.device)
 
 

@@ -240,7 +240,7 @@ class Distributors:
         return {rank: handed for answer in _answers(asked, timeout).values() for rank, handed in answer.items()}
 
 
-def said(handle: Any, timeout: float) -> str:
+def activity_of(handle: Any, timeout: float) -> str:
     """What an actor is doing; also when it does not say so in time, or is gone."""
     import ray
 

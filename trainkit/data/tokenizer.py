@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainkit.data.hub import hub_is_reached, no_hub
-from trainkit.errors import DataError
+from trainkit.errors import DataError, first_line
 from trainkit.recipe.schema import Recipe
 
 
@@ -28,8 +28,7 @@ def load_tokenizer(recipe: Recipe) -> LoadedTokenizer:
     except Exception as error:  # each backend fails in its own way
         if not reached:
             raise DataError(no_hub("model.path", recipe.model.path), hub=True) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"model.path: {recipe.model.path}: no tokenizer can be read here: {reason}") from None
+        raise DataError(f"model.path: {recipe.model.path}: no tokenizer can be read here: {first_line(error)}") from None
     if tokenizer.pad_token_id is not None:
         return LoadedTokenizer(tokenizer, None)
     chosen = tokenizer.eos_token or tokenizer.unk_token

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from trainkit.data import templates
 from trainkit.data.padding import rectangle
 from trainkit.data.tokens import load_tokenizer
-from trainkit.errors import DataError, UsageError
+from trainkit.errors import DataError, UsageError, first_line
 from trainkit.planning.facts import DEFAULT_LENGTH
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe
@@ -86,7 +86,7 @@ def load_run_model(recipe: Recipe, folder: Path) -> Any:
         with _no_bars():
             return load_plain(folder, recipe.model.task, recipe.model.precision)
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: the model, or the base of its adapter, cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{folder}: the model, or the base of its adapter, cannot be loaded: {first_line(error)}") from None
 
 
 def load_plain(folder: str | Path, task: str, precision: str, attention: str | None = None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainkit.recipe.document import Document
+from trainkit.recipe.document import Document, KeyPath
 from trainkit.recipe.zero import is_shipped
 
 
@@ -21,17 +21,24 @@ def resolve_paths(document: Document, folder: Path | None) -> None:
         (("data", "eval"), True),
         (("zero",), True),
     ):
-        value = document.get(path)
-        bases = _bases(folder, document.place(path).override)
-        section = document.values if len(path) == 1 else document.values[path[0]]
-        if isinstance(value, str) and not (path == ("zero",) and is_shipped(value)):
-            section[path[-1]] = _absolute(value, bases, files_only)
-        elif isinstance(value, list) and path == ("data", "path"):
-            section[path[-1]] = [_absolute(item, bases, files_only) if isinstance(item, str) else item for item in value]
+        try:
+            _resolve(document, path, _bases(folder, document.place(path).override), files_only)
+        except PermissionError as error:
+            text = f"{error.filename} cannot be read: permission denied. Let this user read it, or name another path"
+            document.faults.append(document.fault(path, text))
     storage = document.get(("run", "storage_path"))
     if not isinstance(document.values["run"], dict) or not isinstance(storage, str | None):
         return
     document.values["run"]["storage_path"] = str((Path.cwd() / Path(storage or "runs").expanduser()).absolute())
+
+
+def _resolve(document: Document, path: KeyPath, bases: Sequence[Path], files_only: bool) -> None:
+    value = document.get(path)
+    section = document.values if len(path) == 1 else document.values[path[0]]
+    if isinstance(value, str) and not (path == ("zero",) and is_shipped(value)):
+        section[path[-1]] = _absolute(value, bases, files_only)
+    elif isinstance(value, list) and path == ("data", "path"):
+        section[path[-1]] = [_absolute(item, bases, files_only) if isinstance(item, str) else item for item in value]
 
 
 def _bases(folder: Path | None, override: bool) -> list[Path]:
@@ -41,7 +48,10 @@ def _bases(folder: Path | None, override: bool) -> list[Path]:
 
 
 def _absolute(written: str, bases: Sequence[Path], files_only: bool) -> str:
-    """The path that exists, absolute; a name that exists nowhere as written (a hub id, a split). A glob exists when it finds something."""
+    """The path that exists, absolute; a name that exists nowhere as written (a hub id, a split). A glob exists when it finds something.
+
+    Raises PermissionError for what lies in a folder into which this user may not look.
+    """
     if not written.strip():
         return written
     for base in bases:
@@ -51,6 +61,8 @@ def _absolute(written: str, bases: Sequence[Path], files_only: bool) -> str:
                 return str(candidate.resolve())
             if not files_only and _finds_something(candidate):
                 return str(candidate.absolute())
+        except PermissionError:
+            raise
         except (OSError, ValueError, RuntimeError, NotImplementedError):  # no path: too long, a NUL, an unknown ~user, a glob of a drive
             continue
     return written

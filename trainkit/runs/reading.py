@@ -112,7 +112,7 @@ def read_steps(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     steps: list[dict[str, Any]] = []
     faults = []
     for number, line in enumerate(path.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1], start=1):
-        step = _step(line)
+        step = step_of(line)
         if step is None:
             faults.append(f"{path.name}:{number} is damaged and left out")
         elif steps and step["step"] <= steps[-1]["step"]:
@@ -134,7 +134,7 @@ def world_sizes(steps: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int]
     return parts
 
 
-def _step(line: str) -> dict[str, Any] | None:
+def step_of(line: str) -> dict[str, Any] | None:
     """None for a line that is no step. Lines of earlier versions lack some keys."""
     try:
         value = json.loads(line)

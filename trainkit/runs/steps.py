@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from trainkit.runs.files import write_whole
 from trainkit.runs.folder import RunFolder
-from trainkit.runs.reading import read_steps
+from trainkit.runs.reading import read_steps, step_of
 
 
 class StepLog:
@@ -43,7 +43,7 @@ class StepTail:
         self.path, self.position = folder.steps_path, 0
 
     def new_steps(self) -> Iterator[dict[str, Any]]:
-        """Complete new lines. One that is still being written waits for the next look."""
+        """Steps in complete new lines. A line that is still being written waits for the next look; damaged ones are left out."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.position)
@@ -52,8 +52,7 @@ class StepTail:
             return
         whole = text[: text.rfind(b"\n") + 1]
         self.position += len(whole)
-        for line in whole.splitlines():
-            yield json.loads(line)
+        yield from filter(None, map(step_of, whole.decode("utf-8", errors="replace").splitlines()))
 
 
 def keep_steps(folder: RunFolder, done: int) -> list[str]:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from trainkit.errors import DataError
+from trainkit.errors import DataError, first_line
 from trainkit.planning.facts import Matrices, ModelFacts, Parameter
 from trainkit.planning.memory import BIASED_ATTENTION
 from trainkit.recipe.schema import Lora, Recipe
@@ -52,7 +52,7 @@ def load_config(recipe: Recipe, label_names: Sequence[str] | None = None) -> Any
     try:
         config = transformers.AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision, **labels)
     except Exception as error:  # each kind of wrong config fails in its own way
-        raise DataError(f"model.path: {recipe.model.path}: no transformers config can be read: {_first_line(error)}") from None
+        raise DataError(f"model.path: {recipe.model.path}: no transformers config can be read: {first_line(error)}") from None
     if type(config) not in TASKS[recipe.model.task].auto_class._model_mapping:
         raise DataError(f"model.task: {recipe.model.task}: {recipe.model.path} is a {config.model_type} model, which has no such head")
     if config.pad_token_id is None and recipe.model.task == "classification":
@@ -220,7 +220,7 @@ def _from_config(recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
     try:
         return TASKS[recipe.model.task].auto_class.from_config(config, dtype=dtype, **_attention(config, recipe.model.attn_implementation))
     except (ValueError, ImportError) as error:
-        raise DataError(f"model.path: {recipe.model.path}: the model cannot be built: {_first_line(error)}") from None
+        raise DataError(f"model.path: {recipe.model.path}: the model cannot be built: {first_line(error)}") from None
 
 
 def _from_pretrained(recipe: Recipe, config: Any, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
@@ -232,7 +232,7 @@ def _from_pretrained(recipe: Recipe, config: Any, dtype: torch.dtype | str) -> t
         )  # fmt: skip
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise DataError(
-            f"model.path: {recipe.model.path}: no weights can be loaded: {_first_line(error)}. "
+            f"model.path: {recipe.model.path}: no weights can be loaded: {first_line(error)}. "
             "Write model.weights: random to train from scratch"
         ) from None
     return model, set(info["missing_keys"])
@@ -253,8 +253,4 @@ def _add_lora(model: Any, recipe: Recipe) -> Any:
     try:  # peft would keep adapters in fp32, which DeepSpeed casts under some stages only
         return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise DataError(f"model.lora.target_modules: {lora.target_modules}: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"model.lora.target_modules: {lora.target_modules}: {first_line(error)}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from trainkit.errors import OutOfMemory
+from trainkit.errors import OutOfMemory, first_line
 from trainkit.planning.memory import CATEGORIES
 from trainkit.planning.plan import Plan
 from trainkit.planning.revision import halved
@@ -40,16 +40,12 @@ def out_of_memory(
         return None
     planned = {} if plan.memory is None else plan.memory.device if where == "GPU" else plan.memory.host
     lines = [
-        f"step {step}: rank {rank} ran out of {where} memory in {piece}: {_first_line(error)}",
+        f"step {step}: rank {rank} ran out of {where} memory in {piece}: {first_line(error)}",
         f"  the plan: {_listed(planned)}",
         f"  measured: {_measured(where, device, sum(planned.values()))}",
         f"Write {_way_out(plan, where, in_micro_batches)}",
     ]
     return OutOfMemory("\n".join(lines), rank=rank, step=step, device=where, in_micro_batches=in_micro_batches)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _listed(planned: dict[str, int]) -> str:
