@@ -151,7 +151,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def command(arguments: list[str] | None = None) -> NoReturn:
-    """`main` in a process of its own. Python would spend a second and more on taking apart what the end of the process frees."""
+    """`main` in a process of its own, which does what is registered for its end and then ends at once, whatever threads still do.
+
+    Python would spend a second and more on taking apart what the end of the process frees.
+    """
     try:
         main(arguments)
     except SystemExit as end:
@@ -159,7 +162,7 @@ def command(arguments: list[str] | None = None) -> NoReturn:
         with contextlib.suppress(OSError):  # nobody reads any more
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 0)
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def _with_runs(overrides: list[str], runs: Path | None) -> list[str]:

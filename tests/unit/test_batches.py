@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from trainkit.data import catalogue
 from trainkit.data.batches import Budget, LinedUp, Part, Shape, compose, deal, round_up
 from trainkit.data.catalogue import LENT, SHAPES, Catalogues
+from trainkit.data.order import samples_of_step
 from trainkit.data.packing import pack
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 200)), min_size=1, max_size=200)
@@ -126,6 +127,22 @@ def test_a_step_that_its_catalogue_cannot_hold_borrows_few_shapes_of_the_first()
     assert np.array_equal(np.sort(np.concatenate([part.samples for part in parts])), np.arange(512))
     borrowed = {part.shape for part in parts} - {Shape(*shape) for shape in own.shapes.tolist()}
     assert len(parts) == 18 and 0 < len(borrowed) <= LENT
+
+
+def test_shapes_are_borrowed_in_the_line_in_which_the_first_holds_the_step() -> None:
+    """The first wants least padding and looks at two lines, the one for k wants equal costs and looks at one."""
+    rng = np.random.default_rng(124)
+    rows, sigma = int(rng.integers(200, 2500)), rng.choice([0.5, 0.8, 1.1])
+    source = np.clip(rng.lognormal(3, sigma, rows).astype(int), 3, 400)
+    target = np.clip(rng.lognormal(2.7, sigma, rows).astype(int), 2, 300)
+    budget = Budget(tokens=716)
+    catalogues = Catalogues(source, target, 32, budget)
+    ids = samples_of_step(42, rows, 32, 15)
+    first = LinedUp.of(source[ids], target[ids], budget, catalogues.first)
+    assert [line.fewest for line in first.lines] == [11, 10] and catalogues.first.power == 1 < catalogues(32, 10).power
+    assert LinedUp.of(source[ids], target[ids], budget, catalogues(32, 10)).fewest > 10
+    parts = compose(source[ids], target[ids], 2, budget, catalogues)
+    assert len(parts) == 10 and np.array_equal(np.sort(np.concatenate([part.samples for part in parts])), np.arange(32))
 
 
 @pytest.mark.parametrize("k", [2, 4, 8])

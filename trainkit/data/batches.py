@@ -84,7 +84,7 @@ class Catalogue:
         return powers if self.foreign is None else np.where(self.foreign, FOREIGN * powers, powers)
 
     def lent_to(self, other: Catalogue) -> Catalogue:
-        """The shapes of both, for samples in these lines: holds what this one holds, and uses few shapes that the other has not."""
+        """The shapes of both, for samples in these lines: holds what this one holds, and rather in shapes that the other has."""
         shapes = np.unique(np.concatenate([self.shapes, other.shapes]), axis=0)
         own = (shapes[:, None] == other.shapes).all(2).any(1)
         return Catalogue(shapes, self.edges, self.tail, other.power, ~own)
@@ -167,13 +167,14 @@ class LinedUp:
 def _orders(source: np.ndarray, target: np.ndarray, catalogue: Catalogue) -> list[np.ndarray]:
     """Lines in which neighbours are alike: long targets first, then strips of falling source length, there and back in target length.
 
-    Without a power, total length is tried as well: few micro-batches make few strips.
+    Without a power, total length is tried as well: few micro-batches make few strips. So it is with foreign
+    shapes: their lender may hold the step in that line alone.
     """
     strip = np.searchsorted(catalogue.edges, source)
     tail = target > catalogue.tail
     inner = np.where(tail, -source, np.where(strip % 2 == 0, -target, target))
     strips = np.lexsort((-source, inner, -np.where(tail, len(catalogue.edges), strip)))
-    return [strips] if catalogue.power > 1 else [strips, np.lexsort((-source, -(source + target)))]
+    return [strips] if catalogue.power > 1 and catalogue.foreign is None else [strips, np.lexsort((-source, -(source + target)))]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from trainkit.data.order import samples_of_step
 from trainkit.planning.facts import LENGTH_STEP
 
 SHAPES = 64  # of the first catalogue
-LENT = 4  # the others have so many less, for what the first lends them
+LENT = 4  # the others have so many less: as many as WikiSQL's rare steps borrow from the first; other data may borrow more
 ALIGNED_FROM = 64  # lengths from here on are multiples of LENGTH_STEP; for shorter ones that would take 4 to 12 % more tokens
 FIRST, BIN = 1.04, 1.07  # ratios: where the first bin ends to the most micro-batches that a trial step needs, and of other bins' ends
 EVEN_FROM = 16  # micro-batches; with fewer, equal costs take 2 to 5 % more padding, and are wanted where nothing else bounds the dearest:
