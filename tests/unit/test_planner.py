@@ -219,6 +219,12 @@ def test_the_resolved_config_leaves_nothing_open(name: str, hardware: Hardware) 
             assert config["zero_optimization"][part]["pin_memory"] == (hardware.device == "cuda")
 
 
+@pytest.mark.parametrize("written, fused", [({}, True), ({"fused": False}, False), ({"foreach": True}, None), ({"fused": "auto"}, True)])
+def test_a_zero_file_turns_the_fused_adamw_off(written: dict[str, Any], fused: bool | None) -> None:
+    zero = {"zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW", "params": written}}
+    assert plan_of(zero, gpu(139)).ds_config["optimizer"]["params"].get("fused") is fused
+
+
 def test_what_the_user_wrote_stands() -> None:
     zero = {"stage": 3, "reduce_bucket_size": 5e8, "prefetch_bucket_size": 7}
     open_ = {"stage3_max_live_parameters": "auto", "overlap_comm": "auto", "offload_param": None}

@@ -47,7 +47,7 @@ class Model(Section):
     gradient_checkpointing: bool | Literal["selective"] = Field(
         False,
         description="true: compute the activations again in backward: far less memory, about a third more work. "
-        "selective: compiled blocks keep what matrices need and compute the rest again: about a quarter less, for 3 % of the time.",
+        "selective: compiled blocks keep what matrices need and compute the rest again: about a quarter less, for 3 to 8 % of the time.",
     )
     compile: Literal["blocks", False] | None = Field(
         None,
