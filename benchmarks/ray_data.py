@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import psutil
 import ray
 import ray.data
 import ray.train
@@ -66,7 +66,6 @@ def _forever(rows: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def main() -> None:
-    began = time.time()
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("recipe", type=Path)
     asked.add_argument("--workers", type=int, default=2)
@@ -82,7 +81,7 @@ def main() -> None:
         rows = [{name: column.row(index).tolist() for name, column in columns.items()} for index in range(arrays.rows)]
         ray.init(address="local")
         job = {"recipe": str(options.recipe.absolute()), "overrides": options.overrides, "runs": runs, "result": f"{runs}/result.json",
-               "steps": options.steps, "warm_up": options.warm_up, "began": began}  # fmt: skip
+               "steps": options.steps, "warm_up": options.warm_up, "began": psutil.Process().create_time()}  # fmt: skip
         scaling = ray.train.ScalingConfig(num_workers=options.workers, use_gpu=recipe.scaling.use_gpu, resources_per_worker={"CPU": 0.5})
         storage = ray.train.RunConfig(storage_path=runs)
         datasets = {"train": ray.data.from_items(rows, override_num_blocks=16)}

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from in_process import Rank
@@ -315,7 +316,7 @@ def report(case: str, clock: Clock) -> str:
     rank, plan = clock.rank, clock.rank.plan
     keys = {"case": case, "model": Path(rank.recipe.model.path).name, "zero": plan.zero_name, "precision": plan.precision}
     own = {"compile": plan.compile_blocks, "cuda_graphs": clock.graphs if plan.cuda_graphs else False} if case == "ours" else {}
-    versions = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
+    versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "ray")}
     return json.dumps(keys | own | clock.result() | {"commit": commit()} | versions)
 
 
@@ -325,7 +326,6 @@ def commit() -> str | None:
 
 
 def main() -> None:
-    began = time.time()
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("recipe", type=Path)
     asked.add_argument("--case", choices=CASES, default="ours")
@@ -333,11 +333,15 @@ def main() -> None:
     asked.add_argument("--full-rows", action="store_true")
     asked.add_argument("--steps", type=int, default=60)
     asked.add_argument("--warm-up", type=int, default=20)
-    asked.add_argument("--evaluate", action="store_true")
+    asked.add_argument("--evaluate", action="store_true", help="the loss on data.eval at the end; not for --case deepspeed")
     asked.add_argument("--config", default="{}", help="keys of DeepSpeed's configuration, as JSON, for --case deepspeed")
-    asked.add_argument("--coalesce", action="store_true")
+    asked.add_argument("--coalesce", action="store_true", help="for --case deepspeed")
     asked.add_argument("--kernels", type=int, default=0, help="so many kernels are listed in which a step's time goes, on a GPU")
     options = asked.parse_args()
+    if options.case == "deepspeed" and options.evaluate:
+        asked.error("--evaluate: DeepSpeed's engine is only timed")
+    if options.case != "deepspeed" and (options.coalesce or options.config != "{}"):
+        asked.error(f"--config and --coalesce are for --case deepspeed, not for {options.case}")
     with tempfile.TemporaryDirectory() as runs:
         overrides = list(options.overrides)
         if options.full_rows:
@@ -345,7 +349,7 @@ def main() -> None:
             write_long_rows(Path(runs) / "rows.jsonl", max(data.max_source_length or 0, data.max_target_length or 0, data.max_length or 0))
             overrides += [f"data.path={runs}/rows.jsonl", "data.train=train"]
         rank = Rank.join(options.recipe, overrides, os.environ.get("BENCHMARK_CACHE", runs), options.evaluate)
-        clock = Clock(rank, options.warm_up, options.steps, began)
+        clock = Clock(rank, options.warm_up, options.steps, psutil.Process().create_time())
         more = {"config": json.loads(options.config), "coalesce": options.coalesce} if options.case == "deepspeed" else {}
         CASES[options.case](rank, clock, **more)
         if rank.number == 0:
