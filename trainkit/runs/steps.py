@@ -52,7 +52,7 @@ class StepTail:
             return
         whole = text[: text.rfind(b"\n") + 1]
         self.position += len(whole)
-        yield from filter(None, map(step_of, whole.decode("utf-8", errors="replace").splitlines()))
+        yield from filter(None, map(step_of, whole.decode("utf-8", errors="replace").split("\n")))
 
 
 def keep_steps(folder: RunFolder, done: int) -> list[str]:
