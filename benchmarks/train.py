@@ -10,6 +10,7 @@ hf        Hugging Face's Trainer with the recipe's ZeRO stage, as the reference 
           32 rows a device and accumulation up to the samples of a step
 hf-tuned  the same Trainer with rows grouped by length and padded to the longest of their batch, the whole share of a step in one
           micro-batch, and the bucket sizes that trainkit plans
+hf-compiled   that with torch_compile
 
 --full-rows trains rows that all have the recipe's full length. Time is taken over all steps between two waits for the GPU, so what a
 step leaves to the next one counts. --evaluate begins with the weights of a run and adds the loss on the evaluation set at the end and,
@@ -231,7 +232,7 @@ def over(below: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
     return below | merged
 
 
-def hf(rank: Rank, clock: Clock, tuned: bool) -> None:
+def hf(rank: Rank, clock: Clock, tuned: bool, compiled: bool = False) -> None:
     import transformers
 
     recipe, plan = rank.recipe, rank.plan
@@ -257,6 +258,7 @@ def hf(rank: Rank, clock: Clock, tuned: bool) -> None:
             bf16=recipe.model.precision == "bf16", deepspeed=config, save_strategy="no", logging_strategy="no", disable_tqdm=True,
             learning_rate=recipe.optimizer.lr, max_grad_norm=recipe.optimizer.max_grad_norm, dataloader_num_workers=2,
             train_sampling_strategy="group_by_length" if tuned else "random", use_cpu=not recipe.scaling.use_gpu,
+            torch_compile=compiled,
         )  # fmt: skip
         trainer = transformers.Seq2SeqTrainer(
             model=rank.model(), args=arguments, train_dataset=Rows(rank), data_collator=Collator(rank, tuned), callbacks=[Ticking()]
@@ -302,6 +304,7 @@ CASES: dict[str, Callable[..., None]] = {
     "deepspeed": deepspeed_alone,
     "hf": partial(hf, tuned=False),
     "hf-tuned": partial(hf, tuned=True),
+    "hf-compiled": partial(hf, tuned=True, compiled=True),
 }
 
 

@@ -18,7 +18,7 @@ def lines_of(command: list[str], seconds: float) -> list[str]:
     return ran.stdout.splitlines()
 
 
-@pytest.mark.parametrize("case", ["ours", "ddp", "deepspeed", "hf", "hf-tuned"])
+@pytest.mark.parametrize("case", ["ours", "ddp", "deepspeed", "hf", "hf-tuned", pytest.param("hf-compiled", marks=pytest.mark.slow)])
 def test_a_case_prints_one_line_with_what_it_measured(case: str, tmp_path: Path) -> None:
     words = ["benchmarks/train.py", "recipes/quickstart.yaml", "--case", case, "--steps", "2", "--warm-up", "1"]
     rows = ["--set", "data.train=train[:512]", "--set", "data.eval=train[512:600]", "--set", "batch.samples=16"]
