@@ -15,7 +15,7 @@ from ranks import launch
 from test_parity import RECIPE, STAGES, Results, save_model, train_all, write_rows
 
 pytestmark = pytest.mark.timeout(900)  # all cases train in one fixture, in minutes on two quiet cores
-APART = ("apart zero1", "apart zero3")  # as with CUDA graphs
+APART = ("apart zero1", "apart zero2", "apart zero3")  # as with CUDA graphs
 SAME = [(stage, precision) for stage in (*STAGES, *APART) for precision in ("fp32", "bf16")]
 LORA = "model.lora={r: 4, lora_alpha: 8}"
 # (from stage, from workers, to stage, to workers); with a model that ties its embeddings
@@ -26,7 +26,7 @@ CONVERSIONS = [
     ("zero3", 1, "zero2", 2), ("zero3", 1, "zero3_offload", 2), ("lora zero2", 2, "lora zero3", 1), ("lora zero3", 2, "lora zero1", 2),
     ("apart zero1", 2, "zero3", 1), ("zero3", 2, "apart zero1", 2),
     ("apart zero3", 2, "zero1", 1), ("zero1", 1, "apart zero3", 2), ("lora zero2", 2, "apart lora zero3", 2),
-    ("apart lora zero3", 2, "lora zero1", 2),
+    ("apart lora zero3", 2, "lora zero1", 2), ("apart zero2", 2, "zero3", 1), ("zero1", 1, "apart zero2", 2),
 ]  # fmt: skip
 
 

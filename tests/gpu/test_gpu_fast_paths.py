@@ -23,7 +23,7 @@ WAYS = {
 }
 WAYS["own kernels"] = WAYS["both"]
 WAYS["selective"] = [*WAYS["both"], "model.gradient_checkpointing=selective"]
-STAGES = ("zero0", "zero1", "zero3")
+STAGES = ("zero0", "zero1", "zero2", "zero3")
 COMPILED = {stage: ["blocks", "both"] for stage in STAGES}
 COMPILED["zero1"] += ["selective", "own kernels"]
 RECIPE = """

@@ -95,12 +95,19 @@ def test_stage_1_with_graphs_has_the_gradients_once_more_in_fp32_at_the_step() -
     assert two.device_total == two.device_at_step == (2 + 2) * T + (12 + 2 + 4) * T // 2
 
 
+def test_stage_2_by_blocks_has_a_blocks_gradients_beside_the_partitions() -> None:
+    memory, rest, block = states("zero2", 4, graphs=True), 32128 * 1024 + 2 * 1024, 16 * 1024 * 1024 + 3 * 1024 + 512
+    assert memory.device == {"parameters": 2 * T, "gradients": 2 * T // 4, "optimizer": 12 * T // 4, "buckets": 2 * (rest + 2 * block)}
+    assert memory.device_at_step == 2 * T + (2 + 12 + 4) * T // 4
+    assert memory.device_total < states("zero2", 4).device_total
+
+
 def test_stage_3_by_blocks_keeps_what_is_in_none_whole() -> None:
     memory, rest = states("zero3", 4, graphs=True), 32128 * 1024 + 2 * 1024  # with the last norms
     assert memory.device["parameters"] == 2 * (T // 4) + 2 * rest
     assert memory.device["gradients"] == 2 * T // 4 and memory.device["optimizer"] == 12 * T // 4
-    block = 16 * 1024 * 1024 + 3 * 1024 + 512  # the decoder's first, its gradients, those in pieces, and a quarter of their sum
-    assert memory.device["buckets"] == 2 * (rest + 3 * block + block // 4)
+    block = 16 * 1024 * 1024 + 3 * 1024 + 512  # the decoder's first, the next, the gradients of both, and a quarter of their sum
+    assert memory.device["buckets"] == 2 * (rest + 4 * block + block // 4)
     assert memory.device_at_step == memory.device["parameters"] + (2 + 12 + 4) * T // 4
     assert memory.device_total < states("zero3", 4).device_total
 

@@ -9,19 +9,22 @@ W: world size, b: bytes of the training precision. Flat partitions are T/W, roun
     stage 1   bP                bT                12T/W       reduce_bucket_size, twice with overlap_comm
     stage 2   bP                2bT/W             12T/W       the same
     stage 3   bP/W + persistent bT/W              12T/W       reduce_bucket_size, gathered parameters
-    ... graphs bP/W + in no block bT/W            12T/W       one repeated block with its gradients
+    with CUDA graphs
+    stage 2   bP                bT/W              12T/W       a repeated block's gradients, twice
+    stage 3   bP/W + in no block bT/W             12T/W       two repeated blocks, with two blocks' gradients
 
-With CUDA graphs stage 1 has no bucket, and stage 3 holds one repeated block at a time and all that is in none whole. Otherwise under
+With CUDA graphs stage 1 has no bucket. Otherwise under
 stage 3, and with offload, the whole gradient of a weight that is used several times is summed in two tensors: the largest weight's count
 as buckets. Optimizer offload moves gradient partitions and optimizer to the host and keeps there an fp32 gradient and a 16 bit copy of the
 partition; on its way a gradient exists once more, in fp32. All of it was compared with the peak of a tiny step on H200
-(tests/gpu/test_gpu_memory.py), the two with CUDA graphs on one.
+(tests/gpu/test_gpu_memory.py), those with CUDA graphs on one.
 Activations are not model states: `activation_bytes_per_token` bounds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -106,14 +109,14 @@ def model_state_bytes(
 ) -> Memory:
     """What one rank holds. ds_config is resolved (planning/deepspeed_config.py): its zero_optimization gives the sizes.
 
-    graphs: forward and backward are CUDA graphs, and the optimizer step is ours (training/flat_zero1.py, flat_zero3.py)."""
+    graphs: forward and backward are CUDA graphs, and the optimizer step is ours (training/flat_zero1.py, by_blocks.py)."""
     width = PRECISION_BYTES[precision]
     accumulated = PRECISION_BYTES.get(ds_config.get("data_types", {}).get("grad_accum_dtype", precision), width)
     section = ds_config["zero_optimization"]
     case = _Case(facts, zero.offload_optimizer, zero.offload_param, world_size, width, section, accumulated, graphs)
     stages: dict[int, Callable[[_Case], Memory]] = {0: _stage_0, 1: _stage_1, 2: _stage_2, 3: _stage_3}
-    if graphs and zero.stage == 3:
-        return _stage_3_by_blocks(case)
+    if graphs and zero.stage >= 2:
+        return _stage_2_by_blocks(case) if zero.stage == 2 else _stage_3_by_blocks(case)
     return stages[zero.stage](case)
 
 
@@ -188,26 +191,41 @@ def _stage_3(case: _Case) -> Memory:
     return Memory(device, host, sum(device.values()) - gathered - case.in_flight + (0 if case.offload_optimizer else step_gradients))
 
 
+def _stage_2_by_blocks(case: _Case) -> Memory:
+    """Gradients of the own partition, and beside them those of what is in no repeated block, which are summed at the end, and of a block,
+    twice: laid end to end to be summed, while those of the next one come about. At the step the partition's exist once more in fp32."""
+    trained = [parameter for parameter in case.facts.parameters if parameter.trainable]
+    rest = sum(parameter.numel for parameter in trained if parameter.block is None)
+    largest = _largest_block((parameter.block, parameter.numel) for parameter in trained)
+    passing = case.width * max(rest + 2 * largest, 2 * rest)
+    device = _by_category(_whole(case), case.width * case.partition, 12 * case.partition, passing)
+    return Memory(device, _by_category(), sum(device.values()) - passing + case.fp32_copy * case.partition)
+
+
 def _stage_3_by_blocks(case: _Case) -> Memory:
-    """The shards, and beside them what is in no repeated block, whole. In backward one block is whole, with its gradients, those once more
-    in the ranks' pieces, and their sum, beside the other gradients of what is in none; these are summed at the end. At the step the
-    gradients exist once more in fp32."""
-    shards = trained = rest = rest_gradients = rest_sum = 0
-    blocks: dict[int, int] = {}
-    for parameter in case.facts.parameters:
-        shard = -(-parameter.numel // case.world_size)
-        shards += shard
-        trained += shard * parameter.trainable
-        in_backward = parameter.numel + (2 * parameter.numel + shard) * parameter.trainable
-        if parameter.block is not None:
-            blocks[parameter.block] = blocks.get(parameter.block, 0) + in_backward
-        else:
-            rest += parameter.numel
-            rest_gradients += parameter.numel * parameter.trainable
-            rest_sum += shard * parameter.trainable
-    passing = case.width * max(rest_gradients + max(blocks.values(), default=0), 2 * rest_gradients + rest_sum)
-    device = _by_category(case.width * (shards + rest) + case.facts.buffer_bytes, case.width * trained, 12 * trained, passing)
+    """The shards, and beside them what is in no repeated block, whole. In backward a block is whole and the next one, too; there are its
+    gradients, and those of the block before with their sum, beside the other gradients of what is in none; these are summed at the end. At
+    the step the gradients exist once more in fp32."""
+    parameters = [(parameter, -(-parameter.numel // case.world_size)) for parameter in case.facts.parameters]
+    rest = [(parameter, shard) for parameter, shard in parameters if parameter.block is None]
+    whole = sum(parameter.numel for parameter, _ in rest)
+    gradients = sum(parameter.numel for parameter, _ in rest if parameter.trainable)
+    sums = sum(shard for parameter, shard in rest if parameter.trainable)
+    largest = _largest_block((p.block, 2 * p.numel + (2 * p.numel + shard) * p.trainable) for p, shard in parameters)
+    trained = sum(shard for parameter, shard in parameters if parameter.trainable)
+    passing = case.width * max(gradients + largest, 2 * gradients + sums)
+    shards = sum(shard for _, shard in parameters)
+    device = _by_category(case.width * (shards + whole) + case.facts.buffer_bytes, case.width * trained, 12 * trained, passing)
     return Memory(device, _by_category(), sum(device.values()) - passing + case.fp32_copy * trained)
+
+
+def _largest_block(elements: Iterable[tuple[int | None, int]]) -> int:
+    """Of (repeated block or None, elements) of each parameter."""
+    blocks = Counter[int]()
+    for block, count in elements:
+        if block is not None:
+            blocks[block] += count
+    return max(blocks.values(), default=0)
 
 
 def _whole(case: _Case) -> int:

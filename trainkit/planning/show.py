@@ -115,7 +115,7 @@ def _speed(plan: Plan) -> str:
 def _zero(plan: Plan) -> str:
     offload = [name for name, on in (("optimizer", plan.offload_optimizer), ("parameters", plan.offload_param)) if on]
     section: dict[str, Any] = plan.ds_config["zero_optimization"]
-    idle = UNUSED_BY_GRAPHS if plan.cuda_graphs and plan.zero_stage in (1, 3) else ()
+    idle = UNUSED_BY_GRAPHS if plan.cuda_graphs and plan.zero_stage > 0 else ()
     sizes, unused = list[str](), list[str]()
     for key, value in section.items():
         if key != "stage" and type(value) in (int, float):

@@ -8,7 +8,7 @@ from trainkit.planning.facts import Hardware, ModelFacts
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import ZeroConfig
 
-UNUSED_BY_GRAPHS = (  # of stages 1 and 3, as zero_optimization has them without "stage3_": sizes of what DeepSpeed's hooks would do
+UNUSED_BY_GRAPHS = (  # of stages 1 to 3, as zero_optimization has them without "stage3_": sizes of what DeepSpeed's hooks would do
     *("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "param_persistence_threshold"),
     *("model_persistence_threshold", "max_live_parameters", "max_reuse_distance"),
 )
@@ -29,11 +29,10 @@ def what_keeps_graphs_away(
     reduced, section = ds_config.get("communication_data_type", recipe.model.precision), ds_config["zero_optimization"]
     reasons = {
         "a CPU has none": hardware.device == "cpu",
-        "ZeRO-2 works on gradients in the middle of them": zero.stage == 2,
         "offloaded parameters come from the host in the middle of them": zero.offload_param,
         "ZeRO++ gathers and reduces in its own ways in the middle of them": _is_zero_plus_plus(section),
         "the optimizer's offload works on gradients in the middle of them": zero.offload_optimizer,
-        "overlap_comm works on gradients in the middle of them": zero.stage < 3 and bool(section.get("overlap_comm")),
+        "overlap_comm works on gradients in the middle of them": zero.stage < 2 and bool(section.get("overlap_comm")),
         "grad_accum_dtype sums gradients in another type": accumulated != recipe.model.precision,
         "communication_data_type reduces gradients in another type": reduced != recipe.model.precision,
         "fp16 searches its loss scale on the host": recipe.model.precision == "fp16",

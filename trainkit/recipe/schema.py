@@ -56,7 +56,7 @@ class Model(Section):
     )
     cuda_graphs: bool | None = Field(
         None,
-        description="Forward and backward as two CUDA graphs a shape, under ZeRO-0, 1 and 3; null: where they can be made.",
+        description="Forward and backward as two CUDA graphs a shape; null: where they can be made.",
     )
     lora: Lora | None = Field(None, description="Train low-rank matrices only; null trains all parameters.")
 

@@ -50,7 +50,7 @@ class FixedGradients:
         self.twins = {name: torch.nn.Parameter(parameter.detach()) for name, parameter in self.parameters.items()}
         twins = list(self.twins.values())
         self.flats = [torch.zeros_like(flat, requires_grad=False) for flat in weights] or [_end_to_end(twins)]
-        for twin, (number, first) in zip(twins, _places(twins, weights), strict=True):
+        for twin, (number, first) in zip(twins, places(twins, weights), strict=True):
             twin.grad = self.flats[number][first : first + twin.numel()].view_as(twin)
         self.taken = False
 
@@ -230,7 +230,7 @@ def _end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.zeros(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=device)
 
 
-def _places(tensors: Sequence[torch.Tensor], flats: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
+def places(tensors: Sequence[torch.Tensor], flats: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
     """(number of the flat tensor, first element there) of each tensor: where it lies, or, without flat tensors, end to end in the first."""
     end = 0
     for tensor in tensors:

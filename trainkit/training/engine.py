@@ -1,4 +1,4 @@
-"""DeepSpeed, behind the few verbs that the loop needs; engine_states.py, flat_zero1.py and flat_zero3.py belong to it.
+"""DeepSpeed, behind the few verbs that the loop needs; engine_states.py, by_blocks.py and flat_zero*.py belong to it.
 
 The plan owns the batch arithmetic: DeepSpeed gets placeholder batch sizes and never scales a loss; the loop says which micro-batch ends
 an optimizer step. After building, the engine is asked back what it applies; anything else than the plan is an error.
@@ -24,6 +24,7 @@ from trainkit.training.blocks import Sizes, compile_blocks, repeated_blocks
 from trainkit.training.cuda_graphs import FixedGradients, Graphs, Twin
 from trainkit.training.engine_states import EngineStates, Parameters
 from trainkit.training.flat_zero1 import FlatZero1
+from trainkit.training.flat_zero2 import FlatZero2
 from trainkit.training.flat_zero3 import FlatZero3
 from trainkit.training.loss import IN_CHUNKS
 from trainkit.training.model import DTYPES
@@ -95,7 +96,7 @@ class Engine:
             self.loss_kernels = compile_blocks(self.ds.module, say, self.sizes, plan.selective_checkpointing)
         self.called = self.ds  # to run forward
         self.graphs: Graphs | None = None
-        self.flat: FlatZero1 | FlatZero3 | None = None
+        self.flat: FlatZero1 | FlatZero2 | FlatZero3 | None = None
         self.parameters: Parameters = DeepSpeedParameters(self.ds)
         self._reduce: Callable[[], None]  # over ranks, of gradients that came about outside of DeepSpeed's hooks
         if plan.cuda_graphs:
@@ -231,13 +232,17 @@ class Engine:
             self.graphs.close()
 
     def _prepare_graphs(self, say: Callable[[str], None]) -> None:
-        """Gradients in fixed places, beside DeepSpeed's hooks under stages 0 and 1, instead of them under stage 3."""
+        """Gradients in fixed places, beside DeepSpeed's hooks under stages 0 and 1, instead of them under stages 2 and 3."""
         optimizer, module, max_norm = self.ds.optimizer, self.ds.module, self.plan.ds_config["gradient_clipping"]
-        if self.plan.zero_stage == 3:
+        if self.plan.zero_stage >= 2:
             for hook in (self.ds.module_forward_pre_hook, self.ds.module_forward_post_hook):  # they watch who reads which parameter
                 hook.remove()
-            self.flat = self.parameters = by_blocks = FlatZero3(module, optimizer, max_norm)
-            self._reduce, self.called = by_blocks.reduce, module
+            by_blocks: FlatZero2 | FlatZero3
+            if self.plan.zero_stage == 2:
+                by_blocks = FlatZero2(module, optimizer, max_norm)
+            else:
+                by_blocks = self.parameters = FlatZero3(module, optimizer, max_norm)
+            self.flat, self._reduce, self.called = by_blocks, by_blocks.reduce, module
             self.graphs = Graphs(by_blocks, module, lambda *asked: by_blocks.watched(self._sum_loss(*asked)), self.device, say)
             return
         gradients = FixedGradients(module, optimizer.bit16_groups_flat if self.plan.zero_stage == 1 else ())

@@ -26,7 +26,7 @@ class FlatZero1:
     def reduce(self) -> None:
         """Sum this rank's partition of the gradients over the ranks."""
         for group, gradient in enumerate(self.gradients):
-            weights, ranks = self._weights(group), self.optimizer.real_dp_process_group[group]
+            weights, ranks = own_weights(self.optimizer, group), self.optimizer.real_dp_process_group[group]
             if weights.shape == gradient.shape:  # one rank
                 self.reduced.append(gradient)
                 continue
@@ -36,22 +36,28 @@ class FlatZero1:
 
     def step(self) -> torch.Tensor:
         """AdamW on what was reduced; returns the global norm of the gradients before clipping, in fp32."""
-        masters = self.optimizer.single_partition_of_fp32_groups
         gradients, self.reduced = self.reduced, []
+        return update_partitions(self.optimizer, gradients, self.max_norm)
 
-        def write(group: int) -> None:
-            weights = self._weights(group)
-            weights.copy_(masters[group].detach())
-            whole = self.optimizer.bit16_groups_flat[group].detach()
-            dist.all_gather_into_tensor(whole, weights, group=self.optimizer.real_dp_process_group[group])
 
-        return clip_and_update(self.optimizer, masters, gradients, self.max_norm, write)
+def own_weights(optimizer: Any, group: int) -> torch.Tensor:
+    """This rank's part of a group's flat weights, in the precision of forward; optimizer: DeepSpeed's of stage 1 or 2."""
+    rank = dist.get_rank(optimizer.real_dp_process_group[group])
+    weights: torch.Tensor = optimizer.parallel_partitioned_bit16_groups[group][rank].detach()
+    return weights
 
-    def _weights(self, group: int) -> torch.Tensor:
-        """This rank's part of the flat weights, in the precision of forward."""
-        rank = dist.get_rank(self.optimizer.real_dp_process_group[group])
-        weights: torch.Tensor = self.optimizer.parallel_partitioned_bit16_groups[group][rank].detach()
-        return weights
+
+def update_partitions(optimizer: Any, gradients: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """AdamW on this rank's partitions, after which all ranks have all weights; as `clip_and_update`, of stages 1 and 2."""
+    masters = optimizer.single_partition_of_fp32_groups
+
+    def write(group: int) -> None:
+        weights = own_weights(optimizer, group)
+        weights.copy_(masters[group].detach())
+        whole = optimizer.bit16_groups_flat[group].detach()
+        dist.all_gather_into_tensor(whole, weights, group=optimizer.real_dp_process_group[group])
+
+    return clip_and_update(optimizer, masters, gradients, max_norm, write)
 
 
 def clip_and_update(

@@ -129,7 +129,8 @@ def _decoder_layers(config: Any) -> int:
 
 
 def write_first_weights(recipe: Recipe, path: Path, label_names: Sequence[str] | None = None) -> Path | None:
-    """Draw what no checkpoint holds, on the CPU from train.seed, and write it to `path`; None if nothing had to be drawn."""
+    """Draw what no checkpoint holds, on the CPU from train.seed, and write it to `path`, in the type of training; None if nothing had to
+    be drawn."""
     torch.manual_seed(recipe.train.seed)
     config = load_config(recipe, label_names)
     if recipe.model.weights == "random":
@@ -138,7 +139,9 @@ def write_first_weights(recipe: Recipe, path: Path, label_names: Sequence[str] |
         model, missing = _from_pretrained(recipe, config, "auto")
         loaded = {id(p) for name, p in model.named_parameters() if name not in missing}
     model = _add_lora(model, recipe)
-    drawn = {name: p.detach().float().contiguous() for name, p in model.named_parameters() if id(p) not in loaded}
+    drawn = {
+        name: p.detach().to(DTYPES[recipe.model.precision]).contiguous() for name, p in model.named_parameters() if id(p) not in loaded
+    }
     if not drawn:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""ZeRO-3 by whole blocks in one process, on shards as DeepSpeed keeps them; tests/cluster/test_parity.py has two ranks and DeepSpeed."""
+"""ZeRO-2 and 3 by whole blocks in one process, on what DeepSpeed keeps there; tests/cluster/test_parity.py has two ranks and DeepSpeed."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import itertools
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainkit.errors import TrainingError
+from trainkit.training.flat_zero2 import FlatZero2, pieces_of
 from trainkit.training.flat_zero3 import FlatZero3
 
 WIDTH = 6
@@ -88,11 +92,38 @@ def sharded(model: Model, groups: int = 1, max_norm: float = 1.0) -> FlatZero3:
     return FlatZero3(model, optimizer, max_norm)
 
 
+def partitioned(model: Model, groups: int = 1, max_norm: float = 1.0) -> FlatZero2:
+    """The model with its parameters laid end to end as DeepSpeed's stage 2 lays them, for one rank, in so many parameter groups."""
+    parameters = list(model.parameters())
+    flats, masters = [], []
+    for number in range(groups):
+        own = parameters[number::groups]
+        flat = torch.cat([torch.cat([parameter.detach().flatten(), torch.zeros(3)]) for parameter in own])  # padded for alignment
+        for parameter, place in zip(own, flat.split([parameter.numel() + 3 for parameter in own]), strict=True):
+            parameter.data = place[: parameter.numel()].view_as(parameter)
+        flats.append(flat)
+        masters.append(torch.nn.Parameter(flat.clone()))
+    adamw = [torch.optim.AdamW([master], lr=0.01, weight_decay=0.0) for master in masters]
+    optimizer = SimpleNamespace(
+        bit16_groups_flat=flats,
+        parallel_partitioned_bit16_groups=[[flat] for flat in flats],
+        single_partition_of_fp32_groups=masters,
+        real_dp_process_group=[dist.group.WORLD] * groups,
+        dp_process_group=dist.group.WORLD,
+        _grad_acc_hooks=[],
+        _optimizer_step=lambda group: adamw[group].step(),
+    )
+    return FlatZero2(model, optimizer, max_norm)
+
+
+WAYS = {"zero2": partitioned, "zero3": sharded}
+
+
 def ids(step: int) -> torch.Tensor:
     return torch.randint(11, (5,), generator=torch.Generator().manual_seed(step))
 
 
-def train(flat: FlatZero3, model: Model, step: int) -> float:
+def train(flat: FlatZero2 | FlatZero3, model: Model, step: int) -> float:
     """An optimizer step of two micro-batches; returns the gradients' norm."""
     for number in range(2):
         flat.begin()
@@ -103,9 +134,10 @@ def train(flat: FlatZero3, model: Model, step: int) -> float:
 
 @pytest.mark.parametrize("groups", [1, 2, 5])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_it_trains_as_plain_torch_does(groups: int, in_place: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_it_trains_as_plain_torch_does(way: str, groups: int, in_place: bool) -> None:
     model, plain = Model(in_place), Model()
-    flat, adamw = sharded(model, groups), torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
+    flat, adamw = WAYS[way](model, groups), torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
     for step in range(4):
         adamw.zero_grad()
         for number in range(2):
@@ -114,8 +146,33 @@ def test_it_trains_as_plain_torch_does(groups: int, in_place: bool) -> None:
         adamw.step()
         assert train(flat, model, step) == pytest.approx(float(norm), rel=1e-5)
     for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        with flat.whole(parameter) as value:
+        with flat.whole(parameter) if isinstance(flat, FlatZero3) else contextlib.nullcontext(parameter) as value:
             assert torch.allclose(value, expected, rtol=1e-4, atol=1e-6)
+
+
+@given(st.integers(1, 300), st.integers(0, 1000), st.integers(1, 200))
+def test_every_element_belongs_to_the_rank_in_whose_partition_it_lies(elements: int, first: int, partition: int) -> None:
+    pieces = pieces_of(elements, 7, first, partition)
+    owned = [(piece.owner, piece.place + place) for piece in pieces for place in range(piece.end - piece.first)]
+    assert owned == [divmod(first + element, partition) for element in range(elements)]
+    assert [piece.first for piece in pieces] == [0, *(piece.end for piece in pieces[:-1])] and pieces[-1].end == elements
+
+
+def test_under_stage_2_gradients_of_a_block_are_gone_when_the_next_ones_begin() -> None:
+    model = Model()
+    flat = partitioned(model)
+    held: list[list[bool]] = []
+    for block in model.blocks:
+        block.norm.bias.register_post_accumulate_grad_hook(
+            lambda _: held.append([any(parameter.grad is not None for parameter in b.parameters()) for b in model.blocks])
+        )
+    flat.begin()
+    flat.watched(model(ids(0))).backward()
+    assert [own.index(True) for own in held] == [2, 1, 0] and all(sum(own) == 1 for own in held)
+    assert all(parameter.grad is None for parameter in model.parameters()) and flat.flats[0].abs().sum() > 0
+    model.blocks[1].linear.weight.data = model.blocks[1].linear.weight.data.clone()
+    with pytest.raises(AssertionError, match="1 parameters were moved"):
+        flat.check_in_place()
 
 
 def test_a_blocks_memory_is_there_only_while_it_runs() -> None:
@@ -125,33 +182,36 @@ def test_a_blocks_memory_is_there_only_while_it_runs() -> None:
     for block in model.blocks:
         block.linear.register_forward_hook(lambda *_: held.append([unit.flat.untyped_storage().nbytes() > 0 for unit in flat.units]))
     loss = model(ids(0))
-    assert held == [[True, False, False], [False, True, False], [False, False, True]]
+    assert held == [[True, True, False], [False, True, True], [False, False, True]], "a block, and the next one on its way"
     flat.watched(loss).backward()
     assert all(unit.flat.untyped_storage().nbytes() == 0 for unit in flat.units)
     assert all(parameter.numel() == 0 and parameter.grad is None for parameter in model.blocks.parameters())
     assert model.embedding.weight.shape == (11, WIDTH), "what is in no block stays"
 
 
-def test_a_block_that_runs_twice_is_refused() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_block_that_runs_twice_is_refused(way: str) -> None:
     model = Model(calls=2)
-    sharded(model)
+    WAYS[way](model)
     with pytest.raises(TrainingError, match=r"runs twice in a forward.*Write model.cuda_graphs: false"):
         model(ids(0))
     with torch.no_grad():
         model(ids(0))
 
 
-def test_a_block_whose_output_hides_its_tensors_is_refused() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_block_whose_output_hides_its_tensors_is_refused(way: str) -> None:
     model = Model()
-    sharded(model)
+    WAYS[way](model)
     model.blocks[1].register_forward_hook(lambda module, inputs, outputs: SimpleNamespace(hidden=outputs[0]), prepend=True)
     with pytest.raises(TrainingError, match=r"returns a SimpleNamespace.*Write model.cuda_graphs: false"):
         model(ids(0))
 
 
-def test_a_gradient_after_the_backward_of_its_block_is_refused() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_after_the_backward_of_its_block_is_refused(way: str) -> None:
     model = Model()
-    flat, late = sharded(model), model.blocks[2].linear.weight
+    flat, late = WAYS[way](model), model.blocks[2].linear.weight
 
     def comes_late(gradient: torch.Tensor) -> None:
         late.grad = torch.zeros_like(late)
@@ -171,9 +231,10 @@ def test_a_block_that_hands_its_input_through_is_none_of_its_business() -> None:
     assert blocks[1](blocks[0](hidden)) is hidden
 
 
-def test_what_an_error_left_half_done_is_forgotten() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_what_an_error_left_half_done_is_forgotten(way: str) -> None:
     model, again = Model(), Model()
-    flat, expected = sharded(model), sharded(again)
+    flat, expected = WAYS[way](model), WAYS[way](again)
 
     def breaks(gradient: torch.Tensor) -> None:
         raise RuntimeError("in the middle of backward")
