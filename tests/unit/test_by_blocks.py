@@ -127,7 +127,7 @@ def train(flat: FlatZero2 | FlatZero3, model: Model, step: int) -> float:
     """An optimizer step of two micro-batches; returns the gradients' norm."""
     for number in range(2):
         flat.begin()
-        flat.watched(model(ids(2 * step + number))).backward()
+        flat.watched(flat.called(ids=ids(2 * step + number))).backward()
     flat.taken = True
     return float(flat.step())
 
@@ -162,16 +162,16 @@ def test_under_stage_2_gradients_of_a_block_are_gone_when_the_next_ones_begin() 
     model = Model()
     flat = partitioned(model)
     held: list[list[bool]] = []
-    for block in model.blocks:
-        block.norm.bias.register_post_accumulate_grad_hook(
-            lambda _: held.append([any(parameter.grad is not None for parameter in b.parameters()) for b in model.blocks])
+    for number in range(3):
+        flat.called.parameters[f"blocks.{number}.norm.bias"].register_post_accumulate_grad_hook(
+            lambda _: held.append([any(parameter.grad is not None for parameter in unit.parameters) for unit in flat.units])
         )
     flat.begin()
-    flat.watched(model(ids(0))).backward()
+    flat.watched(flat.called(ids=ids(0))).backward()
     assert [own.index(True) for own in held] == [2, 1, 0] and all(sum(own) == 1 for own in held)
-    assert all(parameter.grad is None for parameter in model.parameters()) and flat.flats[0].abs().sum() > 0
+    assert all(parameter.grad is None for parameter in flat.called.parameters.values()) and flat.flats[0].abs().sum() > 0
     model.blocks[1].linear.weight.data = model.blocks[1].linear.weight.data.clone()
-    with pytest.raises(AssertionError, match="1 parameters were moved"):
+    with pytest.raises(AssertionError, match=r"were moved: \['blocks.1.linear.weight'\]"):
         flat.check_in_place()
 
 
@@ -211,7 +211,8 @@ def test_a_block_whose_output_hides_its_tensors_is_refused(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_gradient_after_the_backward_of_its_block_is_refused(way: str) -> None:
     model = Model()
-    flat, late = WAYS[way](model), model.blocks[2].linear.weight
+    flat = WAYS[way](model)
+    late = flat.units[2].parameters[0]
 
     def comes_late(gradient: torch.Tensor) -> None:
         late.grad = torch.zeros_like(late)
@@ -219,7 +220,7 @@ def test_a_gradient_after_the_backward_of_its_block_is_refused(way: str) -> None
     model.blocks[0].register_forward_pre_hook(lambda module, inputs: inputs[0].register_hook(comes_late) and None)
     flat.begin()
     with pytest.raises(TrainingError, match=r"comes after the backward of its block.*Write model.cuda_graphs: false"):
-        flat.watched(model(ids(0))).backward()
+        flat.watched(flat.called(ids=ids(0))).backward()
 
 
 def test_a_block_that_hands_its_input_through_is_none_of_its_business() -> None:
@@ -241,7 +242,7 @@ def test_what_an_error_left_half_done_is_forgotten(way: str) -> None:
 
     handle = model.blocks[0].register_forward_hook(lambda module, inputs, outputs: outputs[0].register_hook(breaks) and None)
     flat.begin()
-    loss = flat.watched(model(ids(0)))
+    loss = flat.watched(flat.called(ids=ids(0)))
     with pytest.raises(RuntimeError, match="in the middle"):
         (loss * 64).backward()
     handle.remove()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -41,17 +41,32 @@ class Gradients(Protocol):
     def check_in_place(self) -> None: ...
 
 
-class FixedGradients:
-    """The gradients of a model's trained parameters in fixed tensors, summed over micro-batches until they are taken."""
+class Twin:
+    """Called like the model, on other trained parameters: the same weights in the same memory, without what watches the model's own."""
 
-    def __init__(self, model: torch.nn.Module, weights: Sequence[torch.Tensor] = ()):
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.parameters = {name: torch.nn.Parameter(parameter.detach()) for name, parameter in self.own.items()}
+
+    def __call__(self, **inputs: torch.Tensor) -> Any:
+        return torch.func.functional_call(self.model, dict(self.parameters), (), inputs, tie_weights=True)
+
+    def check_in_place(self) -> None:
+        """Whoever moves a parameter elsewhere would leave its twin behind."""
+        moved = [name for name, parameter in self.own.items() if parameter.data_ptr() != self.parameters[name].data_ptr()]
+        assert not moved, f"parameters were moved: {moved[:3]}"
+
+
+class FixedGradients:
+    """The gradients of a twin's parameters in fixed tensors, summed over micro-batches until they are taken."""
+
+    def __init__(self, twin: Twin, weights: Sequence[torch.Tensor] = ()):
         """weights: flat tensors in which the parameters lie. The gradients lie alike in `flats`; without any, in one, end to end."""
-        self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.twins = {name: torch.nn.Parameter(parameter.detach()) for name, parameter in self.parameters.items()}
-        twins = list(self.twins.values())
-        self.flats = [torch.zeros_like(flat, requires_grad=False) for flat in weights] or [_end_to_end(twins)]
-        for twin, (number, first) in zip(twins, places(twins, weights), strict=True):
-            twin.grad = self.flats[number][first : first + twin.numel()].view_as(twin)
+        self.twin, parameters = twin, list(twin.parameters.values())
+        self.flats = [torch.zeros_like(flat, requires_grad=False) for flat in weights] or [_end_to_end(parameters)]
+        for parameter, (number, first) in zip(parameters, places(parameters, weights), strict=True):
+            parameter.grad = self.flats[number][first : first + parameter.numel()].view_as(parameter)
         self.taken = False
 
     def begin(self) -> None:
@@ -62,27 +77,14 @@ class FixedGradients:
             self.taken = False
 
     def hand_over(self) -> None:
-        """They become the parameters' `grad`, until the next step begins."""
-        for name, parameter in self.parameters.items():
-            grad = self.twins[name].grad
+        """They become the `grad` of the model's own parameters, until the next step begins."""
+        for name, parameter in self.twin.own.items():
+            grad = self.twin.parameters[name].grad
             assert grad is not None
             parameter.grad = grad.detach()
 
     def check_in_place(self) -> None:
-        """Whoever moves a parameter elsewhere would leave its twin behind."""
-        moved = [name for name, parameter in self.parameters.items() if parameter.data_ptr() != self.twins[name].data_ptr()]
-        assert not moved, f"parameters were moved: {moved[:3]}"
-
-
-@dataclass(frozen=True)
-class Twin:
-    """Called like the model, on other parameters: the same weights in the same memory, without what watches the model's own."""
-
-    module: torch.nn.Module
-    parameters: Mapping[str, torch.nn.Parameter]
-
-    def __call__(self, **inputs: torch.Tensor) -> Any:
-        return torch.func.functional_call(self.module, dict(self.parameters), (), inputs, tie_weights=True)
+        self.twin.check_in_place()
 
 
 class Graphs:

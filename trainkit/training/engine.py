@@ -232,21 +232,23 @@ class Engine:
             self.graphs.close()
 
     def _prepare_graphs(self, say: Callable[[str], None]) -> None:
-        """Gradients in fixed places, beside DeepSpeed's hooks under stages 0 and 1, instead of them under stages 2 and 3."""
+        """Gradients in fixed places, beside DeepSpeed's hooks, or under stage 3 instead of them."""
         optimizer, module, max_norm = self.ds.optimizer, self.ds.module, self.plan.ds_config["gradient_clipping"]
         if self.plan.zero_stage >= 2:
-            for hook in (self.ds.module_forward_pre_hook, self.ds.module_forward_post_hook):  # they watch who reads which parameter
-                hook.remove()
             by_blocks: FlatZero2 | FlatZero3
             if self.plan.zero_stage == 2:
                 by_blocks = FlatZero2(module, optimizer, max_norm)
             else:
+                for hook in (self.ds.module_forward_pre_hook, self.ds.module_forward_post_hook):  # they watch who reads which parameter
+                    hook.remove()
                 by_blocks = self.parameters = FlatZero3(module, optimizer, max_norm)
-            self.flat, self._reduce, self.called = by_blocks, by_blocks.reduce, module
-            self.graphs = Graphs(by_blocks, module, lambda *asked: by_blocks.watched(self._sum_loss(*asked)), self.device, say)
+                self.called = module
+            self.flat, self._reduce = by_blocks, by_blocks.reduce
+            self.graphs = Graphs(by_blocks, by_blocks.called, lambda *asked: by_blocks.watched(self._sum_loss(*asked)), self.device, say)
             return
-        gradients = FixedGradients(module, optimizer.bit16_groups_flat if self.plan.zero_stage == 1 else ())
-        self.graphs = Graphs(gradients, Twin(module, gradients.twins), self._sum_loss, self.device, say)
+        twin = Twin(module)
+        gradients = FixedGradients(twin, optimizer.bit16_groups_flat if self.plan.zero_stage == 1 else ())
+        self.graphs = Graphs(gradients, twin, self._sum_loss, self.device, say)
         if self.plan.zero_stage == 1:
             self.flat = FlatZero1(optimizer, gradients.flats, max_norm)
             self._reduce = self.flat.reduce

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from trainkit.training.by_blocks import ByBlocks, Unit
-from trainkit.training.cuda_graphs import places
+from trainkit.training.cuda_graphs import Twin, places
 from trainkit.training.flat_zero1 import own_weights, update_partitions
 
 
@@ -23,23 +23,22 @@ class FlatZero2(ByBlocks["_Unit"]):
     """A model's gradients in backward, and its optimizer step."""
 
     def __init__(self, model: torch.nn.Module, optimizer: Any, max_norm: float):
-        """optimizer: DeepSpeed's of stage 2, whose hooks are taken out. max_norm: 0 does not clip."""
+        """optimizer: DeepSpeed's of stage 2. max_norm: 0 does not clip."""
         self.optimizer, self.max_norm = optimizer, max_norm
-        for hook in optimizer._grad_acc_hooks:
-            hook.remove()
-        weights = optimizer.bit16_groups_flat
+        self.called = Twin(model)  # DeepSpeed's hooks reduce as soon as there is a gradient
+        self.check_in_place = self.called.check_in_place
+        twin_of = {own: self.called.parameters[name] for name, own in self.called.own.items()}
+        weights, twins = optimizer.bit16_groups_flat, list(twin_of.values())
         flats = [torch.zeros_like(own_weights(optimizer, group)) for group in range(len(weights))]
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.addresses = [parameter.data_ptr() for parameter in self.trained]
-        ranks, sizes = optimizer.dp_process_group, [flat.numel() for flat in flats]
-        where = zip(self.trained, places(self.trained, weights), strict=True)
-        pieces = {parameter: pieces_of(parameter.numel(), group, first, sizes[group]) for parameter, (group, first) in where}
-        super().__init__(model, 2, lambda parameters: _Unit(parameters, pieces, flats, ranks), flats)
+        pieces = {
+            twin: pieces_of(twin.numel(), group, first, flats[group].numel())
+            for twin, (group, first) in zip(twins, places(twins, weights), strict=True)
+        }
 
-    def check_in_place(self) -> None:
-        """Whoever moves a parameter elsewhere would leave the graphs behind."""
-        moved = sum(parameter.data_ptr() != address for parameter, address in zip(self.trained, self.addresses, strict=True))
-        assert not moved, f"{moved} parameters were moved"
+        def unit_of(parameters: Sequence[Any]) -> _Unit:
+            return _Unit([twin_of.get(own, own) for own in parameters], pieces, flats, optimizer.dp_process_group)
+
+        super().__init__(model, 2, unit_of, flats)
 
     def step(self) -> torch.Tensor:
         """AdamW on what was summed; returns the global norm of the gradients before clipping, in fp32."""

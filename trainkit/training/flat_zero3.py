@@ -25,7 +25,7 @@ class FlatZero3(ByBlocks["_Unit"]):
 
     def __init__(self, model: torch.nn.Module, optimizer: Any, max_norm: float):
         """optimizer: DeepSpeed's of stage 3, whose hooks are taken out. max_norm: 0 does not clip."""
-        self.optimizer, self.max_norm = optimizer, max_norm
+        self.optimizer, self.max_norm, self.called = optimizer, max_norm, model
         _take_out_hooks(optimizer)
         gradients = _gradient_places(optimizer)
         super().__init__(model, 3, lambda parameters: _Unit(parameters, gradients), (optimizer.grad_partitions_flat_buffer,))
