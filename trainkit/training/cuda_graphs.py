@@ -45,12 +45,12 @@ class Twin:
     """Called like the model, on other trained parameters: the same weights in the same memory, without what watches the model's own."""
 
     def __init__(self, model: torch.nn.Module):
-        self.model = model
+        self.module = model
         self.own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.parameters = {name: torch.nn.Parameter(parameter.detach()) for name, parameter in self.own.items()}
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
-        return torch.func.functional_call(self.model, dict(self.parameters), (), inputs, tie_weights=True)
+        return torch.func.functional_call(self.module, dict(self.parameters), (), inputs, tie_weights=True)
 
     def check_in_place(self) -> None:
         """Whoever moves a parameter elsewhere would leave its twin behind."""
