@@ -73,7 +73,8 @@ def planned(recipe: Recipe, prepared: Prepared) -> Plan:
 
 
 def train_with_trainkit(recipe: Recipe, prepared: Prepared, case: dict[str, Any], rank: int) -> list[list[float]]:
-    plan = replace(planned(recipe, prepared), cuda_graphs=case.get("apart", False))  # without graphs on a CPU, but with their gradients
+    apart = case.get("apart", False)
+    plan = replace(planned(recipe, prepared), flat=apart, cuda_graphs=apart)  # without graphs on a CPU, but with their gradients
     shapes = distributor_of(recipe, plan, prepared, joint=case.get("joint", False)).shapes("train", 1, plan.total_steps)
     if case.get("own_kernels"):  # for some of the shapes, so that others stand beside them
         plan = replace(plan, compiled_shapes=tuple((*shape,) for shape in sorted(shapes)[: case["own_kernels"]]))

@@ -47,3 +47,11 @@ def test_the_cost_of_the_meters_is_measured_by_turns() -> None:
 def test_the_tables_of_batches_are_made() -> None:
     lines = [json.loads(line) for line in lines_of(["benchmarks/batches.py", "--quick"], 280) if line[:1] == "{"]
     assert any(line.get("method") == "trainkit" for line in lines) and sum("rows" in line for line in lines) == 3
+
+
+def test_the_peer_with_ray_data_trains_with_every_worker() -> None:
+    words = ["benchmarks/ray_data.py", "recipes/quickstart.yaml", "--workers", "2", "--steps", "2", "--warm-up", "1"]
+    rows = ["--set", "data.train=train[:512]", "--set", "batch.samples=16"]
+    (line,) = [json.loads(line) for line in lines_of([*words, *rows], 200) if line.startswith('{"case"')]
+    assert line["case"] == "ray-data" and line["samples_a_step"] == 16 and line["workers"] == 2
+    assert line["samples_per_second"] == pytest.approx(16_000 / line["step_ms"], rel=0.05) and line["first_step_seconds"] > 0

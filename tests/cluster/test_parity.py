@@ -169,6 +169,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     two += [case("packed own kernels", "zero=zero2", rows(6), "model.compile=blocks", "data.packing=true", task="causal", own_kernels=1)]
     two += [case("recomputed", "zero=zero3", rows(6), "model.gradient_checkpointing=true", task="causal")]
     two += [
+        case(f"{stage} apart {kind}", f"zero={stage}", rows(3), key, task=task, apart=True)
+        for stage in FLAT
+        for kind, key, task in (
+            ("recomputed", "model.gradient_checkpointing=true", "seq2seq"),
+            ("recomputed causal", "model.gradient_checkpointing=true", "causal"),
+            ("packed", "data.packing=true", "causal"),
+        )
+    ]
+    two += [case(f"{stage} apart label", f"zero={stage}", rows(6), *label, apart=True, first_weights=str(head)) for stage in FLAT]
+    two += [
         case(f"{stage} lora", f"zero={stage}", rows(6), lora, task="causal", export=True, first_weights=str(lora_weights))
         for stage in ("zero2", "zero3")
     ]
@@ -225,7 +235,9 @@ def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
      ("zero2 label", "plain label"), ("zero3 label", "plain label"), ("zero2 stored", "plain"), ("zero3 stored", "plain"),
      ("zero3_offload stored", "plain"), ("zero0 apart", "plain"), *((f"{stage} apart", "plain") for stage in FLAT),
      *((f"{stage} lora apart", "plain lora") for stage in FLAT), *((f"{stage} apart unclipped", "plain unclipped") for stage in FLAT),
-     *((f"{stage} apart compiled", "plain") for stage in FLAT),
+     *((f"{stage} apart compiled", "plain") for stage in FLAT), *((f"{stage} apart recomputed", "plain") for stage in FLAT),
+     *((f"{stage} apart {kind}", "plain causal") for stage in FLAT for kind in ("recomputed causal", "packed")),
+     *((f"{stage} apart label", "plain label") for stage in FLAT),
      ("zero0 compiled", "plain"), ("zero1 compiled", "plain"), ("zero3 compiled", "plain"), ("packed compiled", "plain causal"),
      ("own kernels", "plain"), ("packed own kernels", "plain causal"),
      ("recomputed compiled", "plain causal"), ("selective compiled", "plain causal"), ("lora compiled", "plain lora")],

@@ -73,6 +73,7 @@ def train(case: dict[str, Any], device: torch.device) -> list[list[float]]:
         assert not said, said
     if engine.graphs is not None and not case.get("waits"):
         assert len(engine.graphs.made) == len(SHAPES), "every shape was captured"
+        assert engine.held().activations > 0
     engine.close()
     return rows
 

@@ -106,6 +106,8 @@ def test_workers_that_are_started_early_wait_for_their_job(tmp_path: Path, monke
         ({"scaling": {"num_workers": 2, "use_gpu": False}}, False),
         ({"model": {"path": "t5", "task": "classification"}}, False),
         ({"model": {"path": "llama", "task": "causal", "precision": "fp16"}}, False),
+        ({"batch": {"samples": 96, "joint_shapes": False}}, False),
+        ({"batch": {"samples": 96, "joint_shapes": True}, "scaling": {"num_workers": 2, "use_gpu": False}}, True),
     ],
 )
 def test_rows_to_train_on_are_padded_to_joint_shapes_where_graphs_may_be_made(sections: dict[str, Any], joined: bool) -> None:

@@ -42,11 +42,11 @@ def recipe_of(**sections: dict[str, object]) -> Recipe:
 
 
 def states(
-    name: str | dict[str, object], world_size: int, precision: str = "bf16", facts: ModelFacts | None = None, graphs: bool = False
+    name: str | dict[str, object], world_size: int, precision: str = "bf16", facts: ModelFacts | None = None, flat: bool = False
 ) -> Memory:
     facts, zero = facts or t5_large(), read_zero(name)
     config = resolve(recipe_of(model={"precision": precision}), zero, facts, world_size, GPU)
-    return model_state_bytes(facts, zero, world_size, precision, config, graphs)
+    return model_state_bytes(facts, zero, world_size, precision, config, flat)
 
 
 def test_the_model_is_t5_large() -> None:
@@ -89,21 +89,21 @@ def test_stage_3_cuts_everything_and_gathers() -> None:
 
 def test_stage_1_with_graphs_has_the_gradients_once_more_in_fp32_at_the_step() -> None:
     """And the partition's as they were, if a rank has a part of them only."""
-    alone, two = states("zero1", 1, graphs=True), states("zero1", 2, graphs=True)
+    alone, two = states("zero1", 1, flat=True), states("zero1", 2, flat=True)
     assert alone.device == {"parameters": 2 * T, "gradients": 2 * T, "optimizer": 12 * T, "buckets": 0}
     assert alone.device_total == alone.device_at_step == (2 + 2 + 12 + 4) * T
     assert two.device_total == two.device_at_step == (2 + 2) * T + (12 + 2 + 4) * T // 2
 
 
 def test_stage_2_by_blocks_has_a_blocks_gradients_beside_the_partitions() -> None:
-    memory, rest, block = states("zero2", 4, graphs=True), 32128 * 1024 + 2 * 1024, 16 * 1024 * 1024 + 3 * 1024 + 512
+    memory, rest, block = states("zero2", 4, flat=True), 32128 * 1024 + 2 * 1024, 16 * 1024 * 1024 + 3 * 1024 + 512
     assert memory.device == {"parameters": 2 * T, "gradients": 2 * T // 4, "optimizer": 12 * T // 4, "buckets": 2 * (rest + 2 * block)}
     assert memory.device_at_step == 2 * T + (2 + 12 + 4) * T // 4
     assert memory.device_total < states("zero2", 4).device_total
 
 
 def test_stage_3_by_blocks_keeps_what_is_in_none_whole() -> None:
-    memory, rest = states("zero3", 4, graphs=True), 32128 * 1024 + 2 * 1024  # with the last norms
+    memory, rest = states("zero3", 4, flat=True), 32128 * 1024 + 2 * 1024  # with the last norms
     assert memory.device["parameters"] == 2 * (T // 4) + 2 * rest
     assert memory.device["gradients"] == 2 * T // 4 and memory.device["optimizer"] == 12 * T // 4
     block = 16 * 1024 * 1024 + 3 * 1024 + 512  # the decoder's first, the next, the gradients of both, and a quarter of their sum

@@ -24,7 +24,7 @@ from trainkit.planning.facts import DataFacts, Hardware, ModelFacts, Parameter
 from trainkit.planning.flops import TrainingFlops
 from trainkit.planning.plan import Plan
 from trainkit.planning.planner import make_plan
-from trainkit.planning.revision import halved, with_micro_batches
+from trainkit.planning.revision import halved, with_micro_batches, without_graphs
 from trainkit.planning.show import batch_equation, fits_table, plan_text, step_equation
 from trainkit.recipe.zero import SHIPPED, read_zero
 from trainkit.units import GIB
@@ -236,7 +236,7 @@ def test_what_the_user_wrote_stands() -> None:
     assert section["stage3_max_live_parameters"] == -(-t5_large().num_parameters // 4)
     assert plan.ds_config["prescale_gradients"] is True
     assert "steps_per_print" not in plan.ds_config and any("steps_per_print" in note for note in plan.notes)
-    plain = plan.memory_without_graphs
+    plain = plan.memory_as_deepspeed
     assert plain is not None and plain.device["buckets"] >= 2 * 5e8
 
 
@@ -266,9 +266,9 @@ def test_what_is_left_to_deepspeed_and_what_graphs_do_not_use_is_said() -> None:
     plan = plan_of(zero | {"gradient_clipping": "auto"}, gpu(139))
     assert any("left to DeepSpeed: overlap_comm" in note and "reduce_bucket_size" not in note for note in plan.notes)
     shown = " ".join(printed(plan_text(plan)).split())
-    assert "stage3_max_live_parameters 1 M" in shown.partition("not used with CUDA graphs: ")[2] and "gradients clipped at 1" in shown
+    assert "stage3_max_live_parameters 1 M" in shown.partition("not used on flat tensors: ")[2] and "gradients clipped at 1" in shown
     without = plan_of(zero, gpu(139), model={"cuda_graphs": False})
-    assert "not used with CUDA graphs" not in printed(plan_text(without))
+    assert "not used on flat tensors" not in printed(plan_text(without))
 
 
 def test_what_fits_is_unknown_where_the_memory_is() -> None:
@@ -445,6 +445,29 @@ def test_what_cannot_be_captured_is_refused_with_its_reason(zero: Any, gib: floa
     with pytest.raises(RecipeError, match=reason):
         plan_of(zero, gpu(gib), facts, scaling={"num_workers": 2}, model=wish | {"cuda_graphs": True})
     assert not plan_of(zero, gpu(gib), facts, scaling={"num_workers": 2}, model=wish).cuda_graphs
+
+
+@pytest.mark.parametrize(
+    ("zero", "model", "flat"),
+    [
+        ("zero3", {"gradient_checkpointing": True}, True),
+        ("zero1", {"task": "classification"}, True),
+        ("zero0", {"gradient_checkpointing": True}, False),
+        ("zero3", {"path": "mixtral"}, False),
+        ("zero2", {"cuda_graphs": False}, False),
+        ("zero2", {"precision": "fp16", "path": "llama"}, False),
+        ("zero3_offload", {}, False),
+    ],
+)
+def test_without_graphs_the_step_is_still_on_flat_tensors_unless_deepspeed_has_to_do_it(
+    zero: str, model: dict[str, Any], flat: bool
+) -> None:
+    path = model.get("path", "t5")
+    facts = t5_large() if path == "t5" else replace(t5_large(), model_type=path, decides_on_host=path == "mixtral")
+    plan = plan_of(zero, gpu(139), facts, scaling={"num_workers": 2}, model={"path": path, "task": "seq2seq"} | model)
+    as_deepspeed = without_graphs(plan, "it failed")
+    assert plan.flat == flat and not plan.cuda_graphs and not as_deepspeed.flat
+    assert (as_deepspeed.no_graphs == "it failed") == flat and (as_deepspeed.memory != plan.memory) == flat
 
 
 @pytest.mark.parametrize(("family", "way_out"), [("t5", r"Write model\.precision: fp32"), ("llama", r"fp16 \(or fp32\)")])

@@ -46,7 +46,7 @@ def test_a_gpu_runs_on_until_it_has_come_to_the_last_mark() -> None:
 
 
 def test_a_process_tells_its_resident_memory_and_asks_what_is_held_until_a_step_was_applied() -> None:
-    answers = iter([Held(parameters=40), Held(parameters=40, optimizer=120)])
+    answers = iter([Held(parameters=40), Held(parameters=40, optimizer=120, activations=7)])
 
     meters = RankMeters(CPU, lambda: next(answers), flops=lambda work: 2.0 * work.tokens)
     for applied in (False, True, True):  # fp16 skips the first ones
@@ -55,7 +55,7 @@ def test_a_process_tells_its_resident_memory_and_asks_what_is_held_until_a_step_
     resident = psutil.Process().memory_info().rss
     assert found.host_bytes == pytest.approx(resident, rel=0.1) and found.peak_bytes >= 0.9 * found.host_bytes
     assert (found.tokens, found.padded_tokens, found.flops, found.data_wait_seconds) == (42, 64, 84.0, 0.5)
-    assert (found.parameter_bytes, found.optimizer_bytes) == (40, 120)
+    assert (found.parameter_bytes, found.optimizer_bytes, found.activation_bytes) == (40, 120, 7)
     assert math.isnan(found.gpu_utilization), "nothing is made up where no GPU says it"
 
 

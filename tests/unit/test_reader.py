@@ -170,6 +170,8 @@ def test_a_learning_rate_is_a_finite_positive_number(folder: Path, number: str) 
         (["data.source=['{a}', '{b}']"], "only for classification"),
         (["model.task=classification", "data.source=['{a}']"], "exactly two templates, given 1"),
         (["data.packing=true"], "only for causal"),
+        (["batch.joint_shapes=true", "model.task=classification", "data.target='{a}'"], "not for classification, which has no CUDA graphs"),
+        (["batch.joint_shapes=true", "model.task=causal", "data.packing=true"], "not with data.packing"),
         (["model.compile=blocks", "train.deterministic=true"], "another kernel each time"),
         (["model.gradient_checkpointing=selective", "model.compile=false"], "compiled blocks, and model.compile: false has none"),
         (["model.gradient_checkpointing=selective", "train.deterministic=true"], "train.deterministic: true has none"),

@@ -9,15 +9,14 @@ W: world size, b: bytes of the training precision. Flat partitions are T/W, roun
     stage 1   bP                bT                12T/W       reduce_bucket_size, twice with overlap_comm
     stage 2   bP                2bT/W             12T/W       the same
     stage 3   bP/W + persistent bT/W              12T/W       reduce_bucket_size, gathered parameters
-    with CUDA graphs
+    on flat tensors, as with CUDA graphs
     stage 2   bP                bT/W              12T/W       a repeated block's gradients, twice
     stage 3   bP/W + in no block bT/W             12T/W       two repeated blocks, with two blocks' gradients
 
-With CUDA graphs stage 1 has no bucket. Otherwise under
-stage 3, and with offload, the whole gradient of a weight that is used several times is summed in two tensors: the largest weight's count
-as buckets. Optimizer offload moves gradient partitions and optimizer to the host and keeps there an fp32 gradient and a 16 bit copy of the
-partition; on its way a gradient exists once more, in fp32. All of it was compared with the peak of a tiny step on H200
-(tests/gpu/test_gpu_memory.py), those with CUDA graphs on one.
+On flat tensors stage 1 has no bucket. Otherwise under stage 3, and with offload, the whole gradient of a weight that is used several times
+is summed in two tensors: the largest weight's count as buckets. Optimizer offload moves gradient partitions and optimizer to the host and
+keeps there an fp32 gradient and a 16 bit copy of the partition; on its way a gradient exists once more, in fp32. All of it was compared
+with the peak of a tiny step on H200 (tests/gpu/test_gpu_memory.py), those on flat tensors on one.
 Activations are not model states: `activation_bytes_per_token` bounds them.
 """
 
@@ -68,7 +67,7 @@ class _Case:
     width: int  # bytes of an element in the training precision
     section: Mapping[str, Any]  # zero_optimization, resolved
     accumulated: int  # bytes of an element in which gradients accumulate
-    graphs: bool
+    flat: bool
 
     @property
     def total(self) -> int:
@@ -105,17 +104,17 @@ class _Case:
 
 
 def model_state_bytes(
-    facts: ModelFacts, zero: ZeroConfig, world_size: int, precision: str, ds_config: Mapping[str, Any], graphs: bool = False
+    facts: ModelFacts, zero: ZeroConfig, world_size: int, precision: str, ds_config: Mapping[str, Any], flat: bool = False
 ) -> Memory:
     """What one rank holds. ds_config is resolved (planning/deepspeed_config.py): its zero_optimization gives the sizes.
 
-    graphs: forward and backward are CUDA graphs, and the optimizer step is ours (training/flat_zero1.py, by_blocks.py)."""
+    flat: the plan is, as CUDA graphs need it (training/flat_zero1.py, by_blocks.py)."""
     width = PRECISION_BYTES[precision]
     accumulated = PRECISION_BYTES.get(ds_config.get("data_types", {}).get("grad_accum_dtype", precision), width)
     section = ds_config["zero_optimization"]
-    case = _Case(facts, zero.offload_optimizer, zero.offload_param, world_size, width, section, accumulated, graphs)
+    case = _Case(facts, zero.offload_optimizer, zero.offload_param, world_size, width, section, accumulated, flat)
     stages: dict[int, Callable[[_Case], Memory]] = {0: _stage_0, 1: _stage_1, 2: _stage_2, 3: _stage_3}
-    if graphs and zero.stage >= 2:
+    if flat and zero.stage >= 2:
         return _stage_2_by_blocks(case) if zero.stage == 2 else _stage_3_by_blocks(case)
     return stages[zero.stage](case)
 
@@ -131,12 +130,12 @@ def _stage_0(case: _Case) -> Memory:
 def _stage_1(case: _Case) -> Memory:
     """Whole gradients until the step's end; twice where they accumulate in another type than they are computed in.
 
-    With CUDA graphs they are reduced at once: there are no buckets, and at the step the partition's gradients exist beside all of them
+    On flat tensors they are reduced at once: there are no buckets, and at the step the partition's gradients exist beside all of them
     in fp32, and as they were unless one rank has them all.
     """
     extra = 0 if case.accumulated == case.width else case.accumulated
     memory = _partitioned_optimizer(case, (case.width + extra) * case.trained)
-    if not case.graphs:
+    if not case.flat:
         return memory
     device = memory.device | {"buckets": 0}
     reduced = case.width if case.world_size > 1 else 0

@@ -47,13 +47,14 @@ class Plan:
     accumulation: int  # micro-batches of one worker
     ds_config: dict[str, Any]
     memory: Memory | None  # None: the model is not known
-    memory_without_graphs: Memory | None = None  # the same, where CUDA graphs are planned and may be given up
+    memory_as_deepspeed: Memory | None = None  # the same, where the plan is flat, which may be given up
     evaluates: bool = True
     attention: str | None = None  # as transformers calls it; None: the model is not known
     compile_blocks: bool = False
     selective_checkpointing: bool = False  # what compiled blocks can compute again at little cost is not kept for backward
     compiled_shapes: tuple[tuple[int, int, int], ...] = ()  # rows, source and target of those that have kernels of their own
-    cuda_graphs: bool = False
+    flat: bool = False  # gradients are summed and weights updated on whole flat tensors, and not as DeepSpeed does it
+    cuda_graphs: bool = False  # of forward and backward; only if flat
     no_graphs: str | None = None  # why there are none
     notes: tuple[str, ...] = ()
     zero_name: str = "zero0"
@@ -76,7 +77,7 @@ class Plan:
         """Of plan.json. Raises TypeError or KeyError for one of another version."""
         flops = values["flops"]
         parts = {
-            **{name: Memory(**values[name]) for name in ("memory", "memory_without_graphs") if values.get(name) is not None},
+            **{name: Memory(**values[name]) for name in ("memory", "memory_as_deepspeed") if values.get(name) is not None},
             "flops": None if flops is None else TrainingFlops(**flops),
             "fits": tuple(Fit(**fit) for fit in values["fits"]),
             "notes": tuple(values["notes"]),

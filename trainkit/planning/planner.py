@@ -21,7 +21,7 @@ from trainkit.planning.memory import (
     model_state_bytes,
 )
 from trainkit.planning.plan import Fit, Plan
-from trainkit.planning.speed import compiles_blocks, what_keeps_graphs_away
+from trainkit.planning.speed import compiles_blocks, decides_on_host, what_keeps_deepspeeds_step, what_keeps_graphs_away
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import SHIPPED, ZeroConfig, read_zero
 from trainkit.units import format_bytes
@@ -52,11 +52,13 @@ def make_plan(
     world_size = _world_size(recipe)
     ds_config = resolve(recipe, zero, model, world_size, hardware)
     memory = plain = None if model is None else model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config)
-    no_graphs = what_keeps_graphs_away(recipe, zero, ds_config, model, hardware)
-    if model is not None and no_graphs is None:
-        memory = model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config, graphs=True)
+    not_flat = what_keeps_deepspeeds_step(recipe, zero, ds_config, hardware)
+    no_graphs = not_flat or what_keeps_graphs_away(recipe, model)
+    flat = not_flat is None and not (no_graphs is not None and (zero.stage == 0 or decides_on_host(model)))
+    if model is not None and flat:
+        memory = model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config, flat=True)
         if hardware.memory_bytes is not None and memory.device_total > hardware.memory_bytes:
-            no_graphs = f"with them the model states take {format_bytes(memory.device_total)} per GPU"
+            no_graphs, flat = f"with them the model states take {format_bytes(memory.device_total)} per GPU", False
             memory = plain
     if no_graphs is not None and recipe.model.cuda_graphs:
         raise RecipeError(faults=(Fault(recipe.name, None, "model.cuda_graphs", f"cannot be true here: {no_graphs}. Write false"),))
@@ -90,10 +92,11 @@ def make_plan(
         accumulation=batch.micro_batches // world_size,
         ds_config=ds_config,
         memory=memory,
-        memory_without_graphs=plain if no_graphs is None else None,
+        memory_as_deepspeed=plain if flat else None,
         attention=None if model is None else model.attn_implementation,
         compile_blocks=compiles_blocks(recipe, zero),
         selective_checkpointing=recipe.model.gradient_checkpointing == "selective",
+        flat=flat,
         cuda_graphs=no_graphs is None,
         no_graphs=no_graphs,
         notes=_notes(recipe, zero, ds_config, batch, hardware, model is not None) + _faster_stage(zero, fits, hardware),

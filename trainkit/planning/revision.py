@@ -62,9 +62,9 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
 
 def without_graphs(plan: Plan, why: str) -> Plan:
     """The same plan with forward, backward and the optimizer step as DeepSpeed does them."""
-    if not plan.cuda_graphs:
+    if not plan.flat:
         return plan
-    return replace(plan, cuda_graphs=False, no_graphs=why, memory=plan.memory_without_graphs, memory_without_graphs=None)
+    return replace(plan, flat=False, cuda_graphs=False, no_graphs=why, memory=plan.memory_as_deepspeed, memory_as_deepspeed=None)
 
 
 def _work(rows: int, source: int, target: int) -> Work:

@@ -12,7 +12,7 @@ from trainkit.planning.facts import Hardware, ModelFacts
 from trainkit.planning.memory import CATEGORIES, Memory
 from trainkit.planning.plan import Fit, Plan
 from trainkit.planning.planner import shipped_fits
-from trainkit.planning.speed import UNUSED_BY_GRAPHS
+from trainkit.planning.speed import UNUSED_WHEN_FLAT
 from trainkit.recipe.schema import Recipe
 from trainkit.units import format_bytes, format_count
 
@@ -115,13 +115,13 @@ def _speed(plan: Plan) -> str:
 def _zero(plan: Plan) -> str:
     offload = [name for name, on in (("optimizer", plan.offload_optimizer), ("parameters", plan.offload_param)) if on]
     section: dict[str, Any] = plan.ds_config["zero_optimization"]
-    idle = UNUSED_BY_GRAPHS if plan.cuda_graphs and plan.zero_stage > 0 else ()
+    idle = UNUSED_WHEN_FLAT if plan.flat else ()
     sizes, unused = list[str](), list[str]()
     for key, value in section.items():
         if key != "stage" and type(value) in (int, float):
             (unused if key.removeprefix("stage3_") in idle else sizes).append(f"{key} {format_count(value)}")
     if unused:
-        sizes.append(f"not used with CUDA graphs: {', '.join(unused)}")
+        sizes.append(f"not used on flat tensors: {', '.join(unused)}")
     text = f"{plan.zero_name}: stage {plan.zero_stage}" + (f", {' and '.join(offload)} on the host" if offload else "")
     return "\n".join([text, *sizes])
 

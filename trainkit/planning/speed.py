@@ -8,7 +8,7 @@ from trainkit.planning.facts import Hardware, ModelFacts
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import ZeroConfig
 
-UNUSED_BY_GRAPHS = (  # of stages 1 to 3, as zero_optimization has them without "stage3_": sizes of what DeepSpeed's hooks would do
+UNUSED_WHEN_FLAT = (  # of stages 1 to 3, as zero_optimization has them without "stage3_": sizes of what DeepSpeed's hooks would do
     *("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "param_persistence_threshold"),
     *("model_persistence_threshold", "max_live_parameters", "max_reuse_distance"),
 )
@@ -21,10 +21,9 @@ def compiles_blocks(recipe: Recipe, zero: ZeroConfig) -> bool:
     return recipe.model.compile is not False
 
 
-def what_keeps_graphs_away(
-    recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], model: ModelFacts | None, hardware: Hardware
-) -> str | None:
-    """Why there are no CUDA graphs of forward and backward: the recipe's wish, or what keeps these from being captured."""
+def what_keeps_deepspeeds_step(recipe: Recipe, zero: ZeroConfig, ds_config: dict[str, Any], hardware: Hardware) -> str | None:
+    """Why gradients are summed and weights updated as DeepSpeed does it, parameter by parameter, while a GPU waits; without a reason that
+    is done on whole flat tensors. Worded for CUDA graphs, which need those."""
     accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype", recipe.model.precision)
     reduced, section = ds_config.get("communication_data_type", recipe.model.precision), ds_config["zero_optimization"]
     reasons = {
@@ -37,16 +36,26 @@ def what_keeps_graphs_away(
         "communication_data_type reduces gradients in another type": reduced != recipe.model.precision,
         "fp16 searches its loss scale on the host": recipe.model.precision == "fp16",
         "check_grad_overflow looks at the gradients on the host": bool(ds_config.get("bf16", {}).get("check_grad_overflow")),
+        "the recipe wants none": recipe.model.cuda_graphs is False,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def what_keeps_graphs_away(recipe: Recipe, model: ModelFacts | None) -> str | None:
+    """Why there are no CUDA graphs of forward and backward, where DeepSpeed's step is none of the reasons."""
+    reasons = {
         "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing is True,
         "data.packing reads the rows' borders on the host": recipe.data.packing,
         "transformers waits for the GPU to make a classification model's masks": recipe.model.task == "classification",
-        "a model with experts or LayerDrop decides on the host what runs": model is not None and model.decides_on_host,
+        "a model with experts or LayerDrop decides on the host what runs": decides_on_host(model),
+        "train.deterministic is true, and nobody asked for them": recipe.train.deterministic and recipe.model.cuda_graphs is None,
     }
-    if recipe.model.cuda_graphs is False:
-        return "the recipe wants none"
-    if recipe.model.cuda_graphs is None:
-        reasons["train.deterministic is true, and nobody asked for them"] = recipe.train.deterministic
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def decides_on_host(model: ModelFacts | None) -> bool:
+    """Ranks may run other blocks than each other."""
+    return model is not None and model.decides_on_host
 
 
 def _is_zero_plus_plus(section: dict[str, Any]) -> bool:
@@ -55,8 +64,10 @@ def _is_zero_plus_plus(section: dict[str, Any]) -> bool:
 
 
 def joins_shapes(recipe: Recipe) -> bool:
-    """Whether micro-batches are padded to few shapes, for CUDA graphs: on GPUs, save for what never has graphs.
+    """Whether micro-batches are padded to few shapes, for CUDA graphs: as the recipe says, else on GPUs, save for what never has graphs.
 
     Under all ZeRO stages, because dropout is drawn by shapes, and a run that is resumed may change its stage.
     """
+    if recipe.batch.joint_shapes is not None:
+        return recipe.batch.joint_shapes
     return recipe.scaling.use_gpu and recipe.model.task != "classification" and recipe.model.precision != "fp16"

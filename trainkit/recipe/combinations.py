@@ -28,6 +28,7 @@ def combination_faults(view: View) -> None:
         _length,
         _warmup,
         _batch,
+        _joint_shapes,
         _limits,
         _columns,
         _templates,
@@ -94,6 +95,13 @@ def _warmup(view: View) -> None:
 def _batch(view: View) -> None:
     if isinstance(view.value("batch.tokens_per_device"), int) and view.given("batch.samples_per_device"):
         view.fault("batch.tokens_per_device", "stands together with batch.samples_per_device: one of them sizes the micro-batch, keep one")
+
+
+def _joint_shapes(view: View) -> None:
+    if view.value("batch.joint_shapes") is True and view.value("model.task") == "classification":
+        view.fault("batch.joint_shapes", "not for classification, which has no CUDA graphs: write null")
+    if view.value("batch.joint_shapes") is True and view.value("data.packing") is True:
+        view.fault("batch.joint_shapes", "not with data.packing, whose sequences are filled to one length: write null")
 
 
 def _limits(view: View) -> None:

@@ -56,7 +56,8 @@ class Model(Section):
     )
     cuda_graphs: bool | None = Field(
         None,
-        description="Forward and backward as two CUDA graphs a shape; null: where they can be made.",
+        description="Forward and backward as two CUDA graphs a shape; null: where they can be made. false: sums of gradients and the "
+        "optimizer step as DeepSpeed does them, too.",
     )
     lora: Lora | None = Field(None, description="Train low-rank matrices only; null trains all parameters.")
 
@@ -95,6 +96,10 @@ class Batch(Section):
         "auto", description="Budget of one micro-batch on one device, padding included."
     )
     samples_per_device: RowCount | None = Field(None, description="Rows of one micro-batch on one device, instead of tokens_per_device.")
+    joint_shapes: bool | None = Field(
+        None,
+        description="Pad micro-batches to few shapes, at about 5 % more tokens, for CUDA graphs; null: on GPUs where there may be some.",
+    )
 
 
 class Optimizer(Section):

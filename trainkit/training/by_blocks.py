@@ -103,6 +103,8 @@ class ByBlocks(Generic[U]):
 
     def _before_forward(self, number: int, block: torch.nn.Module, inputs: Any, named_inputs: dict[str, Any]) -> None:
         unit = self.units[number]
+        if unit is self.in_backward:  # computed again, by gradient checkpointing
+            return
         if torch.is_grad_enabled():
             if unit.awaits_backward:
                 raise self._not_known("a block of this model runs twice in a forward, which {graphs} do not know")
@@ -115,6 +117,8 @@ class ByBlocks(Generic[U]):
 
     def _after_forward(self, number: int, block: torch.nn.Module, inputs: Any, outputs: Any) -> None:
         unit = self.units[number]
+        if unit is self.in_backward:
+            return
         if torch.is_grad_enabled():
             found = list(_tensors(outputs))
             for tensor in found:

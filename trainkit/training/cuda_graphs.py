@@ -91,14 +91,21 @@ class Graphs:
     """The graphs of one rank, and the gradients that they sum. On a device without CUDA graphs every micro-batch runs as it is."""
 
     def __init__(
-        self, gradients: Gradients, model: Callable[..., Any], sum_loss: SumLoss, device: torch.device, say: Callable[[str], None]
+        self,
+        gradients: Gradients,
+        model: Callable[..., Any],
+        sum_loss: SumLoss,
+        device: torch.device,
+        say: Callable[[str], None],
+        captures: bool = True,
     ):
-        """model: whose gradients come to lie in `gradients`. say: told once why it cannot be captured."""
+        """model: whose gradients come to lie in `gradients`. say: told once why it cannot be captured. captures: else all runs as it is."""
         self.gradients, self.device, self.say = gradients, device, say
         self.sum_loss = functools.partial(sum_loss, model)
         self.made: dict[Shape, _Graph] = {}
         self.met: Counter[Shape] = Counter()
-        self.capturable: bool | None = None  # None: not known yet, and so nothing is captured
+        self.activation_bytes = 0  # at most, that a captured forward left for its backward
+        self.capturable = None if captures else False  # None: not known yet, and so nothing is captured
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         if device.type == "cuda":
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
@@ -175,8 +182,10 @@ class Graphs:
         inputs = replace(batch, **{name: value.clone() for name, value in tensors(batch).items()})  # type: ignore[arg-type]
         forward, backward, weight = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.ones((), device=self.device)
         with torch.compiler.set_stance("eager_on_recompile"):  # a compiler at work would break the capture
+            before = torch.cuda.memory_allocated(self.device)
             with self._captured(forward):
                 loss = self.sum_loss(inputs)
+            self.activation_bytes = max(self.activation_bytes, torch.cuda.memory_allocated(self.device) - before)
             with self._captured(backward):
                 (loss * weight).backward()
         return _Graph(inputs, forward, backward, loss.detach(), weight)

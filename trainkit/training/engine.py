@@ -10,6 +10,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -86,7 +87,7 @@ class Engine:
         self.plan, self.task, self.device = plan, TASKS[task], device
         self.world_size = plan.world_size
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if plan.zero_stage == 3 and plan.compile_blocks and not plan.cuda_graphs:
+        if plan.zero_stage == 3 and plan.compile_blocks and not plan.flat:
             for block in repeated_blocks(model):  # one hook and one collective for its parameters, instead of one for each layer in it
                 deepspeed.utils.set_z3_leaf_module(block, True)
         self.ds, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=plan.ds_config, dist_init_required=False)
@@ -99,8 +100,8 @@ class Engine:
         self.flat: FlatZero1 | FlatZero2 | FlatZero3 | None = None
         self.parameters: Parameters = DeepSpeedParameters(self.ds)
         self._reduce: Callable[[], None]  # over ranks, of gradients that came about outside of DeepSpeed's hooks
-        if plan.cuda_graphs:
-            self._prepare_graphs(say)
+        if plan.flat:
+            self._make_flat(say)
         self._own_norm: torch.Tensor | None = None
         self.states = EngineStates(self.ds, plan, self.parameters, device)
         self.states.count_from(0)  # stages 0 and 3 make the states by a step on zeros, which must not count in the bias correction
@@ -212,7 +213,8 @@ class Engine:
         if self.plan.zero_stage == 3 and self.graphs is None:
             gradients.append(self.ds.optimizer.grad_partitions_flat_buffer)
         held = (storage_bytes(tensors, seen) for tensors in (parameters, [*groups, *states, *partitions], gradients))
-        return Held(*(sizes[self.device.type] for sizes in held))
+        found = Held(*(sizes[self.device.type] for sizes in held))
+        return found if self.graphs is None else replace(found, activations=self.graphs.activation_bytes)
 
     def free_bytes(self) -> int:
         """Of the GPU, for tensors beside the engine: what nobody holds, and what torch's allocator keeps, if no graph runs in that."""
@@ -231,9 +233,10 @@ class Engine:
         if self.graphs is not None:
             self.graphs.close()
 
-    def _prepare_graphs(self, say: Callable[[str], None]) -> None:
-        """Gradients in fixed places, beside DeepSpeed's hooks, or under stage 3 instead of them."""
+    def _make_flat(self, say: Callable[[str], None]) -> None:
+        """Gradients in fixed places, beside DeepSpeed's hooks, or under stage 3 instead of them; and CUDA graphs, if they are planned."""
         optimizer, module, max_norm = self.ds.optimizer, self.ds.module, self.plan.ds_config["gradient_clipping"]
+        graphs = functools.partial(Graphs, device=self.device, say=say, captures=self.plan.cuda_graphs)
         if self.plan.zero_stage >= 2:
             by_blocks: FlatZero2 | FlatZero3
             if self.plan.zero_stage == 2:
@@ -244,11 +247,11 @@ class Engine:
                 by_blocks = self.parameters = FlatZero3(module, optimizer, max_norm)
                 self.called = module
             self.flat, self._reduce = by_blocks, by_blocks.reduce
-            self.graphs = Graphs(by_blocks, by_blocks.called, lambda *asked: by_blocks.watched(self._sum_loss(*asked)), self.device, say)
+            self.graphs = graphs(by_blocks, by_blocks.called, lambda *asked: by_blocks.watched(self._sum_loss(*asked)))
             return
         twin = Twin(module)
         gradients = FixedGradients(twin, optimizer.bit16_groups_flat if self.plan.zero_stage == 1 else ())
-        self.graphs = Graphs(gradients, twin, self._sum_loss, self.device, say)
+        self.graphs = graphs(gradients, twin, self._sum_loss)
         if self.plan.zero_stage == 1:
             self.flat = FlatZero1(optimizer, gradients.flats, max_norm)
             self._reduce = self.flat.reduce

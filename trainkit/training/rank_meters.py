@@ -111,7 +111,7 @@ class RankMeters:
         if not self.whole:
             self.held, self.whole = self._ask_held(), applied
         self.gradient_bytes = max(self.gradient_bytes, self.held.gradients + stopwatch.gradient_bytes)
-        self.activation_bytes = max(self.activation_bytes, stopwatch.activation_bytes)
+        self.activation_bytes = max(self.activation_bytes, self.held.activations, stopwatch.activation_bytes)
         resident = self.process.memory_info().rss
         peak, peak_reserved, allocated, reserved = device_bytes(self.device, self.process)
         utilization, watts, celsius = self.sensors.last

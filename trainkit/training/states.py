@@ -82,11 +82,14 @@ def joined(pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> Tensors:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes on the device of tensors that live as long as the engine."""
+    """Bytes on the device of tensors that live as long as the engine, and of what CUDA graphs keep in their own memory."""
 
     parameters: int = 0
     optimizer: int = 0  # its states, fp32 weights included
     gradients: int = 0  # of a buffer that is kept from step to step
+    activations: int = (
+        0  # at most, that the forward of a CUDA graph left for its backward; beside the total, since its memory is not allocated
+    )
 
     @property
     def total(self) -> int:
