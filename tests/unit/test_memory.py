@@ -96,8 +96,9 @@ def test_stage_1_with_graphs_has_the_gradients_once_more_in_fp32_at_the_step() -
 
 
 def test_stage_2_by_blocks_has_a_blocks_gradients_beside_the_partitions() -> None:
-    memory, rest, block = states("zero2", 4, flat=True), 32128 * 1024 + 2 * 1024, 16 * 1024 * 1024 + 3 * 1024 + 512
-    assert memory.device == {"parameters": 2 * T, "gradients": 2 * T // 4, "optimizer": 12 * T // 4, "buckets": 2 * (rest + 2 * block)}
+    memory, embedding, block = states("zero2", 4, flat=True), 32128 * 1024, 16 * 1024 * 1024 + 3 * 1024 + 512
+    passing = 2 * (3 * embedding + 2 * 1024 + 2 * block)  # the embedding's two gradients and their sum, and those of two blocks
+    assert memory.device == {"parameters": 2 * T, "gradients": 2 * T // 4, "optimizer": 12 * T // 4, "buckets": passing}
     assert memory.device_at_step == 2 * T + (2 + 12 + 4) * T // 4
     assert memory.device_total < states("zero2", 4).device_total
 
@@ -106,8 +107,8 @@ def test_stage_3_by_blocks_keeps_what_is_in_none_whole() -> None:
     memory, rest = states("zero3", 4, flat=True), 32128 * 1024 + 2 * 1024  # with the last norms
     assert memory.device["parameters"] == 2 * (T // 4) + 2 * rest
     assert memory.device["gradients"] == 2 * T // 4 and memory.device["optimizer"] == 12 * T // 4
-    block = 16 * 1024 * 1024 + 3 * 1024 + 512  # the decoder's first, the next, the gradients of both, and a quarter of their sum
-    assert memory.device["buckets"] == 2 * (rest + 4 * block + block // 4)
+    block = 16 * 1024 * 1024 + 3 * 1024 + 512  # the decoder's first, the next, the gradients of both, a quarter of their sum
+    assert memory.device["buckets"] == 2 * (rest + 2 * 32128 * 1024 + 4 * block + block // 4)
     assert memory.device_at_step == memory.device["parameters"] + (2 + 12 + 4) * T // 4
     assert memory.device_total < states("zero3", 4).device_total
 

@@ -269,6 +269,8 @@ def test_what_is_left_to_deepspeed_and_what_graphs_do_not_use_is_said() -> None:
     assert "stage3_max_live_parameters 1 M" in shown.partition("not used on flat tensors: ")[2] and "gradients clipped at 1" in shown
     without = plan_of(zero, gpu(139), model={"cuda_graphs": False})
     assert "not used on flat tensors" not in printed(plan_text(without))
+    shipped = " ".join(printed(plan_text(plan_of("zero2", gpu(139)))).split())
+    assert "overlap_comm, contiguous_gradients, reduce_scatter" in shipped.partition("not used on flat tensors: ")[2]
 
 
 def test_what_fits_is_unknown_where_the_memory_is() -> None:

@@ -192,27 +192,28 @@ def _stage_3(case: _Case) -> Memory:
 
 def _stage_2_by_blocks(case: _Case) -> Memory:
     """Gradients of the own partition, and beside them those of what is in no repeated block, which are summed at the end, and of a block,
-    twice: laid end to end to be summed, while those of the next one come about. At the step the partition's exist once more in fp32."""
+    twice: laid end to end to be summed, while those of the next one come about. A weight that is used twice, as the largest of what is in
+    no block often is, has two gradients and their sum meanwhile. At the step the partition's exist once more in fp32."""
     trained = [parameter for parameter in case.facts.parameters if parameter.trainable]
-    rest = sum(parameter.numel for parameter in trained if parameter.block is None)
-    largest = _largest_block((parameter.block, parameter.numel) for parameter in trained)
-    passing = case.width * max(rest + 2 * largest, 2 * rest)
+    rest = [parameter.numel for parameter in trained if parameter.block is None]
+    block = _largest_block((parameter.block, parameter.numel) for parameter in trained)
+    passing = case.width * (sum(rest) + 2 * block + 2 * max(rest, default=0))
     device = _by_category(_whole(case), case.width * case.partition, 12 * case.partition, passing)
     return Memory(device, _by_category(), sum(device.values()) - passing + case.fp32_copy * case.partition)
 
 
 def _stage_3_by_blocks(case: _Case) -> Memory:
     """The shards, and beside them what is in no repeated block, whole. In backward a block is whole and the next one, too; there are its
-    gradients, and those of the block before with their sum, beside the other gradients of what is in none; these are summed at the end. At
-    the step the gradients exist once more in fp32."""
+    gradients, and those of the block before with their sum, beside the other gradients of what is in none; these are summed at the end, and
+    come about as under stage 2. At the step the gradients exist once more in fp32."""
     parameters = [(parameter, -(-parameter.numel // case.world_size)) for parameter in case.facts.parameters]
     rest = [(parameter, shard) for parameter, shard in parameters if parameter.block is None]
     whole = sum(parameter.numel for parameter, _ in rest)
-    gradients = sum(parameter.numel for parameter, _ in rest if parameter.trainable)
+    gradients = [parameter.numel for parameter, _ in rest if parameter.trainable]
     sums = sum(shard for parameter, shard in rest if parameter.trainable)
-    largest = _largest_block((p.block, 2 * p.numel + (2 * p.numel + shard) * p.trainable) for p, shard in parameters)
+    block = _largest_block((p.block, 2 * p.numel + (2 * p.numel + shard) * p.trainable) for p, shard in parameters)
     trained = sum(shard for parameter, shard in parameters if parameter.trainable)
-    passing = case.width * max(gradients + largest, 2 * gradients + sums)
+    passing = case.width * max(sum(gradients) + block + 2 * max(gradients, default=0), 2 * sum(gradients) + sums)
     shards = sum(shard for _, shard in parameters)
     device = _by_category(case.width * (shards + whole) + case.facts.buffer_bytes, case.width * trained, 12 * trained, passing)
     return Memory(device, _by_category(), sum(device.values()) - passing + case.fp32_copy * trained)

@@ -118,8 +118,10 @@ def _zero(plan: Plan) -> str:
     idle = UNUSED_WHEN_FLAT if plan.flat else ()
     sizes, unused = list[str](), list[str]()
     for key, value in section.items():
-        if key != "stage" and type(value) in (int, float):
-            (unused if key.removeprefix("stage3_") in idle else sizes).append(f"{key} {format_count(value)}")
+        if key.removeprefix("stage3_") in idle:
+            unused.append(key if isinstance(value, bool) else f"{key} {format_count(value)}")
+        elif key != "stage" and type(value) in (int, float):
+            sizes.append(f"{key} {format_count(value)}")
     if unused:
         sizes.append(f"not used on flat tensors: {', '.join(unused)}")
     text = f"{plan.zero_name}: stage {plan.zero_stage}" + (f", {' and '.join(offload)} on the host" if offload else "")

@@ -150,16 +150,18 @@ class ByBlocks(Generic[U]):
 
     def _sum(self, unit: U) -> None:
         """One unit's gradients are on their way at a time."""
+        self._finish_sum()
+        self.finish_sum = unit.begin_sum()
+
+    def _finish_sum(self) -> None:
         if self.finish_sum is not None:
             self.finish_sum()
-        self.finish_sum = unit.begin_sum()
+            self.finish_sum = None  # which holds what was sent
 
     def _end_backward(self) -> None:
         self._close()
         self._sum(self.rest)
-        assert self.finish_sum is not None
-        self.finish_sum()
-        self.finish_sum = None
+        self._finish_sum()
         for unit in self.units:
             unit.release()
         if any(parameter.grad is not None for unit in self.units for parameter in unit.parameters):

@@ -136,7 +136,7 @@ class _Unit(Unit):
     def begin_sum(self) -> Callable[[], None]:
         if not self.trained:
             return lambda: None
-        sent = [self._padded(parameter) for parameter in self.trained]  # held until they have arrived
+        sent = [self._padded(parameter) for parameter in self.trained]
         self.forget_gradients()
         sums = [torch.empty_like(place) for place in self.places]
         with _coalescing_manager(self.group, async_ops=True) as work:
@@ -145,7 +145,6 @@ class _Unit(Unit):
 
         def finish() -> None:
             work.wait()
-            sent.clear()
             torch._foreach_add_(self.places, sums)
 
         return finish
