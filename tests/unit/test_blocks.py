@@ -31,6 +31,11 @@ def test_a_models_blocks_are_found(auto_class: Any, config: Any, kinds: dict[str
     assert {name: names.count(name) for name in names} == kinds
 
 
+def test_a_list_of_lists_has_the_blocks_of_its_lists() -> None:
+    lists = nn.ModuleList(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for _ in range(3))
+    assert repeated_blocks(lists) == [block for inner in lists for block in inner.children()]
+
+
 class Tower(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -110,7 +110,6 @@ def partitioned(model: Model, groups: int = 1, max_norm: float = 1.0) -> FlatZer
         single_partition_of_fp32_groups=masters,
         real_dp_process_group=[dist.group.WORLD] * groups,
         dp_process_group=dist.group.WORLD,
-        _grad_acc_hooks=[],
         _optimizer_step=lambda group: adamw[group].step(),
     )
     return FlatZero2(model, optimizer, max_norm)
@@ -227,9 +226,9 @@ def test_a_block_that_hands_its_input_through_is_none_of_its_business() -> None:
     blocks = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
     model = Model()
     model.handed_through = blocks
-    sharded(model)
+    flat = sharded(model)
     hidden = torch.ones(3, requires_grad=True)
-    assert blocks[1](blocks[0](hidden)) is hidden
+    assert blocks[1](blocks[0](hidden)) is hidden and not flat.forwards
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -266,3 +265,11 @@ def test_an_nccl_that_talks_during_a_capture_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv("NCCL_GRAPH_REGISTER", "1")
     with pytest.raises(TrainingError, match="NCCL_GRAPH_REGISTER"):
         sharded(Model())
+
+
+def test_a_gradient_that_would_be_lost_ends_the_training() -> None:
+    """Of a model whose parts run again in backward, on its own parameters, such as Reformer."""
+    model = Model()
+    partitioned(model)
+    with pytest.raises(TrainingError, match=r"its gradients would be lost. Write model.cuda_graphs: false"):
+        model(ids(0)).backward()

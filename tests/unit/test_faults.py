@@ -170,6 +170,8 @@ def test_graphs_that_nobody_asked_for_are_given_up_where_they_may_have_failed() 
         assert verdict.again and verdict.ungraph and not verdict.halve and verdict.why == "going on without CUDA graphs"
         assert decide([failure, OUT_OF_MEMORY], 1, halve=True).halve, "it counts for nothing"
     assert Failure.of(TrainingError("a bug, or graphs"), 4, 4, graphs=True).of_graphs, "no step was done"
+    assert Failure.of(TrainingError("a bug, or sums by blocks"), 4, 4, flat=True).of_graphs
+    assert not Failure.of(OutOfMemory("no memory", rank=0, step=1, device="GPU"), 0, 0, flat=True).of_graphs, "there are none to give up"
     assert not Failure.of(TrainingError("a bug"), 4, 5, graphs=True).of_graphs and not Failure.of(host, 0, 0, graphs=True).of_graphs
 
 

@@ -162,8 +162,9 @@ class _Run:
             raise failure
         steps = self.folder.read_steps()
         began_at, ended_at = 0 if checkpoint is None else checkpoint.step, steps[-1]["step"] if steps else 0
-        graphs = self.plan.flat and self.recipe.model.cuda_graphs is None
-        self.failures.append(Failure.of(error, began_at, ended_at, graphs))
+        unasked = self.recipe.model.cuda_graphs is None
+        graphs, flat = self.plan.cuda_graphs and unasked, self.plan.flat and unasked
+        self.failures.append(Failure.of(error, began_at, ended_at, graphs, flat))
         self.folder.append_failure(asdict(self.failures[-1]))
         verdict = decide_what_to_do(self.failures, self._allowed(error))
         if self.signals.taken or not verdict.again:

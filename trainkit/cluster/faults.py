@@ -29,16 +29,17 @@ class Failure:
     began_at: int  # step of the checkpoint that the attempt began with; 0: from the start
     ended_at: int  # the last step it finished
     no_place: bool = False  # the workers found none in time
-    of_graphs: bool = False  # CUDA graphs, which nobody asked for, may be what failed
+    of_graphs: bool = False  # CUDA graphs, or what they need, which nobody asked for, may be what failed
 
     @classmethod
-    def of(cls, error: TrainkitError, began_at: int, ended_at: int, graphs: bool = False) -> Failure:
-        """graphs: the plan made CUDA graphs, and the recipe does not ask for them."""
+    def of(cls, error: TrainkitError, began_at: int, ended_at: int, graphs: bool = False, flat: bool = False) -> Failure:
+        """graphs, flat: the plan has CUDA graphs, or is flat without them, and the recipe does not ask for it."""
         final = not isinstance(error, TrainingError) or isinstance(error, FINAL)
         outside, no_place = _is(error, "from_outside"), _is(error, "no_place")
         out_of_gpu = isinstance(error, OutOfMemory) and error.facts.get("device") == "GPU"
         before_any_step = not final and not outside and ended_at <= began_at  # whatever stands in the way, graphs may be new to this model
         of_graphs = graphs and (isinstance(error, CaptureError) or out_of_gpu or before_any_step)
+        of_graphs |= flat and before_any_step and not out_of_gpu  # as DeepSpeed does it, more memory is taken
         return cls(type(error).__name__, error.message, outside, final, began_at, ended_at, no_place, of_graphs)
 
 

@@ -12,6 +12,7 @@ UNUSED_WHEN_FLAT = (  # of stages 1 to 3, as zero_optimization has them without 
     *("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "param_persistence_threshold"),
     *("model_persistence_threshold", "max_live_parameters", "max_reuse_distance"),
     *("overlap_comm", "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce"),
+    "ignore_unused_parameters",
 )
 
 

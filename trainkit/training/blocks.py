@@ -30,9 +30,10 @@ RECOMPILES = 64  # first and other layers, encoder and decoder, one row or sever
 
 
 def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The children of every outermost list of at least two modules of one class."""
-    if isinstance(model, torch.nn.ModuleList) and len(model) > 1 and len({type(child) for child in model}) == 1:
-        return list(model)
+    """The children of every outermost list of at least two modules of one class, but of a list of lists those of its lists."""
+    kinds = {type(child) for child in model} if isinstance(model, torch.nn.ModuleList) and len(model) > 1 else set()
+    if len(kinds) == 1 and torch.nn.ModuleList not in kinds:
+        return list(model.children())
     return [block for child in model.children() for block in repeated_blocks(child)]
 
 

@@ -168,7 +168,7 @@ class ByBlocks(Generic[U]):
             raise self._not_known("a gradient of this model comes after the backward of its block, which {graphs} do not know")
 
     def _not_known(self, what: str) -> TrainingError:
-        return TrainingError(f"{what.format(graphs=f'CUDA graphs under ZeRO-{self.stage}')}. Write model.cuda_graphs: false")
+        return TrainingError(f"{what.format(graphs=f'sums by blocks under ZeRO-{self.stage}')}. Write model.cuda_graphs: false")
 
 
 def _tensors(values: Any) -> Iterable[torch.Tensor]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from trainkit.data.padding import IGNORED_LABEL, MicroBatch, tensors
-from trainkit.errors import CaptureError
+from trainkit.errors import CaptureError, TrainingError
 
 SumLoss = Callable[[Any, MicroBatch], torch.Tensor]  # of a model, or what is called like it
 MOST_GRAPHS = 256
@@ -48,6 +48,8 @@ class Twin:
         self.module = model
         self.own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.parameters = {name: torch.nn.Parameter(parameter.detach()) for name, parameter in self.own.items()}
+        for parameter in self.own.values():
+            parameter.register_hook(_refuse)
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
         return torch.func.functional_call(self.module, dict(self.parameters), (), inputs, tie_weights=True)
@@ -229,6 +231,14 @@ class _Replay(torch.autograd.Function):
         ctx.graph.weight.copy_(gradients[0])
         ctx.graph.backward.replay()
         return None, None, None
+
+
+def _refuse(gradient: torch.Tensor) -> None:
+    """Of a parameter that has a twin, whose gradient nobody would see."""
+    raise TrainingError(
+        "a part of this model runs in backward, as of a model that reverses its layers, and its gradients would be lost. "
+        "Write model.cuda_graphs: false"
+    )
 
 
 def _shape(batch: MicroBatch) -> Shape:
