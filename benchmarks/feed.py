@@ -83,11 +83,12 @@ def ours(load: Workload) -> Generator[Batch]:
     last_asked: deque[ray.ObjectRef] = deque(maxlen=8)
 
     def ask(first: int, count: int) -> Callable[[], WireCall]:
-        answer = actor.steps.remote("train", first, count, 0, CALL_BYTES)
+        answer = actor.steps.remote("train", first, count, 0, CALL_BYTES, with_rows=False)
         last_asked.append(answer)
         return lambda: ray.get(answer)
 
-    feed = Feed(Source(ask), Padding(load.task, PAD, eos_id=1), rank=0, last_step=10**9, device=torch.device("cpu"))
+    source = Source(ask, rows=TokenArrays.open(load.folder).ragged)  # the actor is on this node
+    feed = Feed(source, Padding(load.task, PAD, eos_id=1), rank=0, last_step=10**9, device=torch.device("cpu"))
     try:
         for step in itertools.count(1):  # epoch after epoch: it reads far ahead, and shall not come to an end
             (micro,) = feed.micro_batches(step).micro_batches

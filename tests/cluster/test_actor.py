@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from runs_under_test import ROOT, actors_in, environment, family, started, waited_for
 
 from trainkit.cluster.tokenizing import by_ray_data
@@ -92,6 +93,13 @@ def test_a_node_that_sees_the_data_has_an_actor_of_its_own(two_nodes: str, tmp_p
     assert make_distributors(feedings, []).of_node == {}
     found = make_distributors(feedings, [two_nodes, ray.get_runtime_context().get_node_id()])
     assert set(found.of_node) == {two_nodes} and found.nearest() is found.of_driver
+    hand = ray.remote(num_cpus=0)(lambda found, folder: sorted(found.rows_at_hand(folder) or {}))
+    there = NodeAffinitySchedulingStrategy(two_nodes, soft=False)
+    assert ray.get(hand.options(scheduling_strategy=there).remote(found, str(tmp_path / "tokens"))) == ["input_ids", "labels"]
+    alone = make_distributors(feedings, [])
+    assert ray.get(hand.options(scheduling_strategy=there).remote(alone, str(tmp_path / "tokens"))) == [], "nobody has looked there"
+    assert sorted(alone.rows_at_hand(str(tmp_path / "tokens")) or {}) == ["input_ids", "labels"]
+    assert alone.rows_at_hand(str(tmp_path / "gone")) is None
     there, plain = found.of_node[two_nodes], DataDistributor(feedings)
     for rank in range(2):
         calls = [ray.get(actor.steps.remote("train", 3, 4, rank)) for actor in (there, found.of_driver)] + [

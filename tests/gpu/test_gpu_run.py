@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900), pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 
@@ -30,7 +30,7 @@ def run(runs: Path, name: str, *options: str) -> tuple[dict[str, Any], list[floa
 
 
 def test_stages_train_evaluate_and_export_the_same(tmp_path: Path) -> None:
-    results = {stage: run(tmp_path, stage, "--set", f"zero={stage}") for stage in ("zero1", "zero3")}
+    results = {stage: run(tmp_path, stage, "--set", f"zero={stage}") for stage in ("zero1", "zero2", "zero3")}
     for stage, (summary, losses) in results.items():
         print(stage, summary["startup_seconds"], summary["wall_seconds"], summary["seconds"])
         assert summary["status"] == "completed" and len(losses) == STEPS
@@ -38,4 +38,4 @@ def test_stages_train_evaluate_and_export_the_same(tmp_path: Path) -> None:
         ended = (tmp_path / stage / "summary.json").stat().st_mtime
         assert ended - exported < 20, "a graph that holds a call of NCCL keeps Ray waiting for 30 s"
         assert summary["eval"]["loss"] == pytest.approx(results["zero1"][0]["eval"]["loss"], rel=1e-4)
-    assert np.allclose(results["zero3"][1], results["zero1"][1], rtol=1e-4, atol=0)
+        assert np.allclose(losses, results["zero1"][1], rtol=1e-4, atol=0)

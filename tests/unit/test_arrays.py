@@ -34,6 +34,11 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFa
     some = np.arange(len(rows))[::-2]
     values, lengths = column.gather(some)
     assert values.tolist() == [token for row in some for token in rows[row]] and lengths.tolist() == [len(rows[row]) for row in some]
+    column.read(some)
+    for width in (max(map(len, rows)), 20):
+        windows = column.windows(some, width)
+        assert windows.shape == (len(some), width)
+        assert [window[: len(rows[row])].tolist() for row, window in zip(some, windows, strict=True)] == [rows[row] for row in some]
     found = arrays.manifest
     assert found["longest"] == dict.fromkeys(("input_ids", "labels"), max(map(len, rows)))
     assert found["tokens"]["labels"] == sum(map(len, rows)) and found["unlabelled"] == sum(not row for row in rows)

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from trainkit.data.arrays import TokenArrays, Writer, ragged
 from trainkit.data.batches import Budget
 from trainkit.data.catalogue import SHAPES
 from trainkit.data.distributor import DataDistributor, Feeding
 from trainkit.data.handed import Handed, table
+from trainkit.data.padding import Padding, tensors
 from trainkit.data.wire import WireStep
 
 TOKENS = Budget(tokens=600)
@@ -26,7 +28,7 @@ def feeding_of(folder: Path, rows: int, longest: int = 40, **more: object) -> Fe
     """Random rows, seq2seq unless said otherwise; a row's first token is its number."""
     rng = np.random.default_rng(rows)
     source = [[row, *rng.integers(3, 400, rng.integers(0, longest)).tolist()] for row in range(rows)]
-    target = [rng.integers(3, 400, rng.integers(1, longest)).tolist() for _ in range(rows)]
+    target = [rng.integers(3, 400, rng.integers(1, longest)).tolist() for _ in range(rows)] if more.get("task") != "causal" else source
     with Writer(folder) as writer:
         writer.append({"input_ids": ragged(source), "labels": ragged(target)}, np.array([len(row) for row in target]))
         writer.finish(truncated={})
@@ -35,7 +37,7 @@ def feeding_of(folder: Path, rows: int, longest: int = 40, **more: object) -> Fe
 
 def steps_of(feeding: Feeding, step: int) -> list[WireStep]:
     distributor = DataDistributor({"train": feeding})
-    return [distributor.steps("train", step, 1, rank).unpack()[0] for rank in range(feeding.world_size)]
+    return [next(distributor.steps("train", step, 1, rank).unpack()) for rank in range(feeding.world_size)]
 
 
 def ids_of(ranks: list[WireStep]) -> list[int]:
@@ -64,7 +66,8 @@ def test_every_row_arrives_once_an_epoch_with_its_tokens(tmp_path: Path) -> None
         for step in distributor.steps("train", 1, 5, rank).unpack():
             for micro in step.micro_batches:
                 seen += micro.sample_ids.tolist()
-                for name, (values, lengths) in micro.columns.items():
+                for name, column in micro.columns.items():
+                    values, lengths = column.gather(micro.rows)
                     assert values.tolist() == [int(token) for row in micro.sample_ids for token in arrays.column(name).row(row)]
                     assert lengths.tolist() == [len(arrays.column(name).row(row)) for row in micro.sample_ids]
     assert sorted(seen) == list(range(75))
@@ -102,6 +105,30 @@ def test_the_wire_is_narrow_and_unpadded(tmp_path: Path) -> None:
     assert len(values) == lengths.sum() and len(lengths) == 64
 
 
+@pytest.mark.parametrize("pack_length", [None, 128])
+def test_rows_at_hand_make_the_batches_that_travelling_ones_make(tmp_path: Path, pack_length: int | None) -> None:
+    task = "seq2seq" if pack_length is None else "causal"
+    feeding = feeding_of(tmp_path / "a", 75, task=task, pack_length=pack_length, world_size=2)
+    distributor, arrays = DataDistributor({"train": feeding}), TokenArrays.open(feeding.folder)
+    padding = Padding(task, pad_id=0, eos_id=1)
+    for rank in range(2):
+        travelling, at_hand = (distributor.steps("train", 1, 5, rank, with_rows=with_rows) for with_rows in (True, False))
+        assert at_hand.columns is None and at_hand.num_bytes == travelling.num_bytes > 0
+        for one, other in zip(travelling.unpack(), at_hand.unpack(arrays.ragged), strict=True):
+            one, other = padding.step(one, pin=False), padding.step(other, pin=False)
+            assert one.label_tokens == other.label_tokens and len(one.micro_batches) == len(other.micro_batches) > 0
+            for mine, theirs in zip(one.micro_batches, other.micro_batches, strict=True):
+                assert mine.index == theirs.index and mine.sample_ids.tolist() == theirs.sample_ids.tolist() and mine.work == theirs.work
+                assert tensors(mine).keys() == tensors(theirs).keys()
+                assert all(torch.equal(tensor, tensors(theirs)[name]) for name, tensor in tensors(mine).items())
+
+
+def test_a_call_ends_at_the_same_step_whether_its_rows_travel_or_not(tmp_path: Path) -> None:
+    distributor = DataDistributor({"train": feeding_of(tmp_path / "a", 75)})
+    calls = [distributor.steps("train", 1, 5, 0, most_bytes=2500, with_rows=with_rows) for with_rows in (True, False)]
+    assert 1 < len(calls[0].steps) < 5 and np.array_equal(calls[0].steps, calls[1].steps)
+
+
 def test_feeding_many_rows_needs_no_memory_for_them(tmp_path: Path) -> None:
     """Three million short rows: 24 MB of offsets on disk, and what a call takes does not grow with them."""
     rows = 3_000_000
@@ -120,6 +147,8 @@ def test_feeding_many_rows_needs_no_memory_for_them(tmp_path: Path) -> None:
     tracemalloc.start()
     for step in (1, 2000, 5859):
         assert len(distributor.steps("train", step, 1, 0).sample_ids) > 100
+        call = distributor.steps("train", step, 1, 0, with_rows=False)
+        assert len(Padding("causal", 0, 1).step(next(call.unpack(TokenArrays.open(tmp_path).ragged)), pin=False).micro_batches) > 0
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * 2**20
@@ -129,11 +158,11 @@ def test_a_stuck_call_is_named_while_others_are_answered(tmp_path: Path, monkeyp
     distributor, reading, release = DataDistributor({"train": feeding_of(tmp_path / "a", 75)}), threading.Event(), threading.Event()
     pack = DataDistributor._pack
 
-    def slow(self: DataDistributor, split: str, first: int, count: int, rank: int, most_bytes: int | None) -> object:
+    def slow(self: DataDistributor, split: str, first: int, count: int, rank: int, *options: object) -> object:
         if first == 3:
             reading.set()
             release.wait(10)
-        return pack(self, split, first, count, rank, most_bytes)
+        return pack(self, split, first, count, rank, *options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(DataDistributor, "_pack", slow)
     stuck = threading.Thread(target=distributor.steps, args=("train", 3, 1, 0))
@@ -196,7 +225,11 @@ def test_one_giant_row_arrives_whole_and_alone(tmp_path: Path, world: int) -> No
     feeding = Feeding(str(tmp_path / "a"), "causal", 0, 16, world, Budget(tokens=512), shuffle=True)
     ranks = [rank for step in (1, 2) for rank in steps_of(feeding, step)]
     (giant,) = [micro for rank in ranks for micro in rank.micro_batches if 15 in micro.sample_ids]
-    assert ids_of(ranks) == list(range(32)) and giant.sample_ids.tolist() == [15] and giant.columns["input_ids"][1].tolist() == [5000]
+    assert (
+        ids_of(ranks) == list(range(32))
+        and giant.sample_ids.tolist() == [15]
+        and giant.columns["input_ids"].lengths(giant.rows).tolist() == [5000]
+    )
     assert all(micro.shape.cost <= 512 for rank in ranks for micro in rank.micro_batches if micro is not giant)
 
 

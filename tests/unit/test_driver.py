@@ -84,7 +84,7 @@ def test_what_fails_before_there_are_rows_is_not_tried_again(tmp_path: Path) -> 
 
 def test_workers_that_are_started_early_wait_for_their_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(tmp_path)
-    job = Job(run.recipe, run.plan, str(run.folder.path), PREPARED, None, Distributors("handle", {}), eval_steps=2)
+    job = Job(run.recipe, run.plan, str(run.folder.path), PREPARED, None, Distributors("handle", {}, "node"), eval_steps=2)
     worker = SimpleNamespace(run_worker=lambda job: job)
     monkeypatch.setitem(sys.modules, "trainkit.cluster.worker", worker)
     assert train_loop({"job": job}) is job

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from trainkit.data import feed as feeds
+from trainkit.data.arrays import Ragged
 from trainkit.data.batches import Shape
 from trainkit.data.feed import Feed, Source
 from trainkit.data.padding import Padding, rectangle
@@ -19,13 +20,16 @@ CPU = torch.device("cpu")
 PADDING = Padding("seq2seq", pad_id=0, eos_id=1)
 
 
-def ragged(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([token for row in rows for token in row], dtype=np.uint8), np.array([len(row) for row in rows], dtype=np.uint8)
+def ragged(rows: list[list[int]]) -> Ragged:
+    return Ragged.of(
+        np.array([token for row in rows for token in row], dtype=np.uint8), np.array([len(row) for row in rows], dtype=np.uint8)
+    )
 
 
 def wire(source: list[list[int]], target: list[list[int]], shape: Shape, packed: list[int] | None = None) -> WireMicroBatch:
     columns = {"input_ids": ragged(source), "labels": ragged(target)}
-    return WireMicroBatch(0, shape, np.arange(len(source)), columns, None if packed is None else np.array(packed))
+    rows = np.arange(len(source))
+    return WireMicroBatch(0, shape, rows, columns, rows, None if packed is None else np.array(packed))
 
 
 def call_of(first: int, count: int, width: int = 2) -> WireCall:
@@ -40,6 +44,7 @@ def call_of(first: int, count: int, width: int = 2) -> WireCall:
         sample_ids=steps,
         columns={"input_ids": (tokens, lengths), "labels": (tokens, lengths)},
         packed=None,
+        num_bytes=2 * tokens.nbytes,
     )
 
 
@@ -215,6 +220,18 @@ def test_a_wait_that_ends_is_said_to_have_ended(monkeypatch: pytest.MonkeyPatch)
     assert first_token(feed, 1) == 1
     feed.close()
     assert said[0].startswith("step 1: rank 3 has waited") and said[-1] == ""
+
+
+def test_small_steps_wake_a_waiting_loop_together_but_never_leave_it_asleep() -> None:
+    ahead, got = feeds._Ahead(most_bytes=100), []
+    loop = threading.Thread(target=lambda: got.append(ahead.take(30)))
+    loop.start()
+    ahead.put(ValueError("small"), 60, wake=False)
+    loop.join(0.2)
+    assert loop.is_alive(), "it waits for more"
+    ahead.put(ValueError("finds no room"), 60, wake=False)
+    loop.join(10)
+    assert str(got[0]) == "small" and str(ahead.take(10)) == "finds no room"
 
 
 def test_closing_ends_the_background_thread() -> None:

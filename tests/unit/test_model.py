@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from trainkit.data.arrays import Ragged
 from trainkit.data.batches import Shape
 from trainkit.data.padding import MicroBatch, Padding
 from trainkit.data.wire import WireMicroBatch
@@ -183,9 +184,9 @@ def test_padding_at_the_right_needs_no_mask(kind: str) -> None:
 
 def packed(first: list[int], second: list[int]) -> MicroBatch:
     row = np.array([*first, *second])
-    lengths = np.array([len(first), len(second)])
+    columns = dict.fromkeys(("input_ids", "labels"), Ragged.of(row, np.array([len(first), len(second)])))
     return Padding("causal", pad_id=0, eos_id=1).micro_batch(
-        WireMicroBatch(0, Shape(1, len(row) + 2, 0), np.arange(2), dict.fromkeys(("input_ids", "labels"), (row, lengths)), np.array([2]))
+        WireMicroBatch(0, Shape(1, len(row) + 2, 0), np.arange(2), columns, np.arange(2), np.array([2]))
     )
 
 

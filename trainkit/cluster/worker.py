@@ -295,13 +295,18 @@ class Worker:
     def _feed(self, split: str, last_step: int) -> Feed:
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         padding = Padding(self.recipe.model.task, pad, pad if eos is None else eos)
+        folder = self.job.prepared.train if split == "train" else self.job.prepared.eval
         handle = self.job.distributors.nearest()
+        rows = None if folder is None else self.job.distributors.rows_at_hand(folder)
 
         def ask(first: int, count: int) -> Callable[[], WireCall]:
-            answer = handle.steps.remote(split, first, count, self.rank, CALL_BYTES)
+            answer = handle.steps.remote(split, first, count, self.rank, CALL_BYTES, with_rows=rows is None)
             return lambda: ray.get(answer)
 
-        source = Source(ask, lambda: activity_of(handle, _ANSWER_SECONDS), lambda text: self.folder.write_phase(text or self.phase_text))
+        def say(text: str) -> None:
+            self.folder.write_phase(text or self.phase_text)
+
+        source = Source(ask, lambda: activity_of(handle, _ANSWER_SECONDS), say, rows)
         return Feed(source, padding, rank=self.rank, last_step=last_step, device=self.device)
 
 

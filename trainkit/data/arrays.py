@@ -36,6 +36,11 @@ class Ragged:
     def __init__(self, values: np.ndarray, offsets: np.ndarray):
         self.values, self.offsets = np.asarray(values), np.asarray(offsets)
 
+    @classmethod
+    def of(cls, values: np.ndarray, lengths: np.ndarray) -> Ragged:
+        """Of all rows end to end, and the length of each."""
+        return cls(values, np.append(0, np.cumsum(lengths, dtype=np.int64)))
+
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """int64, of the given rows."""
         return self.offsets[rows + 1] - self.offsets[rows]
@@ -54,6 +59,28 @@ class Ragged:
         where = np.repeat(self.offsets[rows] - ends + lengths, lengths) + np.arange(lengths.sum())
         return self.values[where], lengths
 
+    def windows(self, rows: np.ndarray, width: int) -> np.ndarray:
+        """[rows, width]: the values of each row, which is not longer; what is beyond its end is not its own."""
+        begins, last = self.offsets[rows], len(self.values) - width
+        if last >= 0:
+            size = self.values.itemsize
+            every = np.ndarray(
+                (last + 1, width), self.values.dtype, self.values, strides=(size, size)
+            )  # from each value on, without a copy
+            out = every[np.minimum(begins, last)]
+        else:
+            out = np.zeros((len(rows), width), self.values.dtype)
+        for row in np.flatnonzero(begins > last):  # too near to the end
+            rest = self.values[begins[row] :]
+            out[row, : len(rest)] = rest[:width]
+        return out
+
+    def read(self, rows: np.ndarray) -> None:
+        """Have the first and the last value of each row in memory, and so, as systems read ahead, what lies between."""
+        if len(self.values):
+            for place in (self.offsets[rows], self.offsets[rows + 1] - 1):
+                self.values[np.clip(place, 0, len(self.values) - 1)].max(initial=0)
+
 
 class TokenArrays:
     """The rows of one split: columns input_ids and labels, and token_type_ids where rows are sentence pairs.
@@ -66,7 +93,6 @@ class TokenArrays:
         self.folder, self.manifest = folder, manifest
         self.rows: int = manifest["rows"]
         self.columns: list[str] = manifest["columns"]
-        self._ragged: dict[str, Ragged] = {}
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenArrays:
@@ -77,9 +103,12 @@ class TokenArrays:
         return cls(Path(folder), manifest)
 
     def column(self, name: str) -> Ragged:
-        if name not in self._ragged:
-            self._ragged[name] = Ragged(self._load(f"{name}.values.npy"), self._load(f"{name}.offsets.npy"))
-        return self._ragged[name]
+        return self.ragged[name]
+
+    @cached_property
+    def ragged(self) -> dict[str, Ragged]:
+        """All columns, by name."""
+        return {name: Ragged(self._load(f"{name}.values.npy"), self._load(f"{name}.offsets.npy")) for name in self.columns}
 
     @cached_property
     def label_tokens(self) -> np.ndarray:

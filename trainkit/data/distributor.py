@@ -1,8 +1,8 @@
 """The DataDistributor: one actor that cuts every optimizer step into micro-batches and hands each rank its share.
 
 It holds no position. A call names the steps it wants, and the answer is a pure function of (data, seed, step, world size), so a
-restarted actor can neither replay nor skip; what it remembers is only what it tells people (handed.py). Rows travel ragged (wire.py);
-padding happens at the worker (feed.py).
+restarted actor can neither replay nor skip; what it remembers is only what it tells people (handed.py). Workers on a node whose actor
+reads the same arrays read the rows themselves; to others they travel, ragged (wire.py). Padding happens at the worker (feed.py).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from trainkit.data.arrays import Ragged, TokenArrays
 from trainkit.data.batches import Budget, Part, Shape, compose, deal
 from trainkit.data.catalogue import Catalogues
 from trainkit.data.covers import Covers, choose_covers
 from trainkit.data.handed import Handed, furthest, lag, slowest
 from trainkit.data.order import epoch_of_step, samples_of_step
 from trainkit.data.packing import pack
-from trainkit.data.tokens import TokenArrays
 from trainkit.data.wire import WireCall, narrow
 from trainkit.units import format_seconds
 
@@ -68,11 +68,14 @@ class DataDistributor:
         self.handed: dict[str, dict[int, Handed]] = {split: {} for split in feedings}  # by rank
         self.working_on: dict[int, tuple[str, float]] = {}  # thread to (what, since when)
 
-    def steps(self, split: str, first: int, count: int, rank: int, most_bytes: int | None = None) -> WireCall:
-        """Steps first .. first + count - 1 of `split` for one rank, counted from 1; fewer, and at least one, if they reach `most_bytes`."""
+    def steps(self, split: str, first: int, count: int, rank: int, most_bytes: int | None = None, with_rows: bool = True) -> WireCall:
+        """Steps first .. first + count - 1 of `split` for one rank, counted from 1; fewer, but one at least, if rows reach `most_bytes`.
+
+        with_rows: whether the rows come with it, for a rank that cannot read them itself.
+        """
         began = time.monotonic()
         with self._doing(f"reading {split} step {first} for rank {rank}"):
-            call = self._pack(split, first, count, rank, most_bytes)
+            call = self._pack(split, first, count, rank, most_bytes, with_rows)
         with self.lock:
             self.handed[split].setdefault(rank, Handed(since=began)).take(call.samples_by_step())
         return call
@@ -169,10 +172,10 @@ class DataDistributor:
             return np.zeros(len(rows), np.int64)
         return self.arrays[split].column("labels").lengths(rows)
 
-    def _pack(self, split: str, first: int, count: int, rank: int, most_bytes: int | None) -> WireCall:
+    def _pack(self, split: str, first: int, count: int, rank: int, most_bytes: int | None, with_rows: bool) -> WireCall:
         feeding, arrays = self.feedings[split], self.arrays[split]
         steps, micro_batches, sample_ids, packed = [], [], [], []
-        columns = [arrays.column(name) for name in arrays.columns]
+        columns = arrays.ragged
         num_bytes = 0
         for step in range(first, first + count):
             with self.composing:  # all ranks ask for the same steps at about the same time
@@ -185,20 +188,23 @@ class DataDistributor:
                 micro_batches.append((index, len(part.samples), *part.shape))
                 sample_ids.append(ids[part.samples])
                 packed += [] if part.packed is None else [part.packed]
-            if most_bytes is not None:
-                of_step = np.concatenate(sample_ids[len(sample_ids) - len(mine) :])
-                num_bytes += sum(int(column.lengths(of_step).sum()) * column.values.itemsize for column in columns)
-                if num_bytes >= most_bytes:
-                    break
+            of_step = np.concatenate(sample_ids[len(sample_ids) - len(mine) :])
+            num_bytes += sum(int(column.lengths(of_step).sum()) * column.values.itemsize for column in columns.values())
+            if most_bytes is not None and num_bytes >= most_bytes:
+                break
         rows = np.concatenate(sample_ids)
-        gathered = {name: column.gather(rows) for name, column in zip(arrays.columns, columns, strict=True)}
+        gathered = {name: column.gather(rows) for name, column in columns.items()} if with_rows else None
+        if gathered is None:  # who reads them next shall not wait for a disk: it holds the lock of a Python that trains
+            for column in columns.values():
+                column.read(rows)
         return WireCall(
             first=first,
             steps=np.array(steps, dtype=np.int64),
             micro_batches=np.array(micro_batches, dtype=np.int64),
             sample_ids=narrow(rows),
-            columns={name: (values, narrow(lengths)) for name, (values, lengths) in gathered.items()},
+            columns=gathered and {name: (values, narrow(lengths)) for name, (values, lengths) in gathered.items()},
             packed=np.concatenate(packed) if packed else None,
+            num_bytes=num_bytes,
         )
 
 
@@ -220,12 +226,24 @@ class Distributors:
 
     of_driver: Any
     of_node: dict[str, Any]
+    home: str  # the driver's node
 
     def nearest(self) -> Any:
         """The handle for a worker on this node."""
         import ray
 
         return self.of_node.get(ray.get_runtime_context().get_node_id(), self.of_driver)
+
+    def rows_at_hand(self, folder: str) -> dict[str, Ragged] | None:
+        """The columns of the arrays in `folder` on a node that has an actor, which reads the same; None elsewhere, or if gone."""
+        import ray
+
+        if ray.get_runtime_context().get_node_id() not in {self.home, *self.of_node}:
+            return None
+        try:
+            return TokenArrays.open(folder).ragged
+        except ValueError:
+            return None
 
     def shapes(self, split: str, first: int, count: int) -> dict[Shape, int]:
         """How often each shape of micro-batches occurs in the steps first .. first + count - 1; waits until the shapes are chosen."""
@@ -265,7 +283,7 @@ def make_distributors(feedings: dict[str, Feeding], nodes: Iterable[str], timeou
     for node, answer in asked.items():
         if answered.get(answer) != wanted:  # the node sees no such folder, or another one, or is too late
             ray.kill(of_node.pop(node))
-    return Distributors(of_driver, of_node)
+    return Distributors(of_driver, of_node, here)
 
 
 def _manifests(handle: Any) -> Any:

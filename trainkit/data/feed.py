@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
+from trainkit.data.arrays import Ragged
 from trainkit.data.padding import Padding, StepBatch, moved, tensors
 from trainkit.data.wire import WireCall
 from trainkit.errors import TrainingError
@@ -20,7 +21,8 @@ from trainkit.units import MIB, format_seconds
 
 AHEAD_BYTES = 64 * MIB  # of padded tensors that wait for use; at least one step
 AHEAD_STEPS = 256
-CALL_BYTES = 4 * MIB  # of one answer of the distributor: large enough to pay for the call, small enough to come soon
+WAKE_BYTES = 1 * MIB  # of small steps that a waiting loop gets at once
+CALL_BYTES = 4 * MIB  # of the rows of one answer: large enough to pay for the call, small enough to come soon
 MOST_STEPS_PER_CALL = 256
 CALLS_AHEAD = 2
 NOTICE_SECONDS = 20.0  # a wait that is said
@@ -35,12 +37,14 @@ class Source:
     """How a feed reaches the distributor. `ask(first, count)` starts a call for so many steps, of which the answer may hold only the first,
     and returns what waits for it.
 
+    `rows` are the columns of all rows of the data, where this process sees them and the answers do not bring them.
     `doing` says what the distributor is working on; `say` tells the person who waits, and the empty text that the wait is over.
     """
 
     ask: Callable[[int, int], Answer]
     doing: Callable[[], str] = lambda: "is unknown"
     say: Callable[[str], None] = lambda text: None
+    rows: Mapping[str, Ragged] | None = None
 
 
 class Feed:
@@ -113,8 +117,8 @@ class Feed:
                 if answered < wanted:  # they are larger than those before
                     asked.appendleft((first + answered, wanted - answered, self.source.ask(first + answered, wanted - answered)))
                 count = max(1, min(4 * answered, MOST_STEPS_PER_CALL, CALL_BYTES * answered // max(1, call.num_bytes)))
-                for wire in call.unpack():
-                    ahead.put(*copier.copied(self.padding.step(wire, pin=copier.pin)))
+                for left, wire in zip(range(answered)[::-1], call.unpack(self.source.rows), strict=True):
+                    ahead.put(*copier.copied(self.padding.step(wire, pin=copier.pin)), wake=not left)
         except BaseException as error:  # it belongs to the loop, which asks next
             ahead.put(error, 0)
 
@@ -130,18 +134,24 @@ class _Ahead:
         self.items: deque[tuple[_Item, int]] = deque()
         self.changed = threading.Condition()
 
-    def put(self, item: _Item, num_bytes: int) -> None:
-        """Waits until there is room; anything goes into an empty queue, nothing into a closed one."""
+    def put(self, item: _Item, num_bytes: int, wake: bool = True) -> None:
+        """Waits until there is room; anything goes into an empty queue, nothing into a closed one.
+
+        wake: a loop that waits, now; else with more, because to wake it for a small step takes longer than to pad the next one.
+        """
 
         def room() -> bool:
             return not self.items or (self.waiting_bytes + num_bytes <= self.most_bytes and len(self.items) < AHEAD_STEPS)
 
         with self.changed:
-            self.changed.wait_for(lambda: self.closed or room())
+            if not room():
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: self.closed or room())
             if not self.closed:
                 self.items.append((item, num_bytes))
                 self.waiting_bytes += num_bytes
-                self.changed.notify_all()
+                if wake or self.waiting_bytes >= WAKE_BYTES:
+                    self.changed.notify_all()
 
     def take(self, seconds: float) -> _Item | None:
         """The oldest item; None if there is none for so long."""

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from trainkit.data.arrays import Ragged
 from trainkit.data.batches import Shape, round_up
 from trainkit.data.wire import WireMicroBatch, WireStep
 from trainkit.planning.flops import Work
@@ -79,23 +80,22 @@ class Padding:
         if wire.packed is not None:
             return self._packed(wire, wire.packed, pin)
         rows, source, target = wire.shape
-        values, lengths = wire.columns["input_ids"]
-        labels, label_lengths = wire.columns["labels"]
         targets = self.task == "seq2seq"
-        real = _inside(lengths, (rows, source))
-        input_ids, mask = _filled(real, values, self.pad_id, pin), _filled(real, 1, 0, pin)
+        lengths, label_lengths = (wire.columns[name].lengths(wire.rows) for name in ("input_ids", "labels"))
+        empty = _outside(lengths, (rows, source))
+        unlearned = empty if self.task == "causal" else _outside(label_lengths, (rows, target if targets else 1))
+        input_ids, mask = _padded(wire, "input_ids", empty, self.pad_id, pin), _new(empty.shape, pin)
+        np.logical_not(empty, out=mask.numpy())
         if rows > len(lengths):
             input_ids[len(lengths) :, 0], mask[len(lengths) :, 0] = self.eos_id, 1
-        learned = real if self.task == "causal" else _inside(label_lengths, (rows, target if targets else 1))
-        label_rows = _filled(learned, labels, IGNORED_LABEL, pin)
-        types = wire.columns.get("token_type_ids")
+        label_rows = _padded(wire, "labels", unlearned, IGNORED_LABEL, pin)
         return MicroBatch(
             index=wire.index,
             sample_ids=wire.sample_ids,
             input_ids=input_ids,
             attention_mask=mask,
             labels=label_rows if self.task != "classification" else label_rows[:, 0].contiguous(),
-            token_type_ids=None if types is None else _filled(real, types[0], 0, pin),
+            token_type_ids=_padded(wire, "token_type_ids", empty, 0, pin) if "token_type_ids" in wire.columns else None,
             work=_work(lengths, label_lengths if targets else None),
             padded_tokens=input_ids.numel() + (label_rows.numel() if targets else 0),
         )
@@ -103,30 +103,30 @@ class Padding:
     def blank(self, shape: Shape, columns: Iterable[str], packed: bool) -> MicroBatch:
         """Nothing but padding, on the CPU. columns: of the data. packed: whether its rows are sequences of several of the data's."""
         nothing = np.zeros(0, np.int64)
-        rows = np.zeros(shape.rows, np.int64) if packed else None
-        return self.micro_batch(WireMicroBatch(0, shape, nothing, dict.fromkeys(columns, (nothing, nothing)), rows))
+        sequences = np.zeros(shape.rows, np.int64) if packed else None
+        return self.micro_batch(WireMicroBatch(0, shape, nothing, dict.fromkeys(columns, Ragged.of(nothing, nothing)), nothing, sequences))
 
     def _packed(self, wire: WireMicroBatch, packed: np.ndarray, pin: bool) -> MicroBatch:
         """Several rows in one sequence. Positions start anew with each row, and at the padding, so that attention keeps to its row.
 
         A row's first label is never learned: the token before it belongs to another row.
         """
-        values, lengths = wire.columns["input_ids"]
+        values, lengths = wire.columns["input_ids"].gather(wire.rows)
         ends = np.cumsum(lengths, dtype=np.int64)
-        labels = wire.columns["labels"][0].astype(np.int64)
+        labels = wire.columns["labels"].gather(wire.rows)[0].astype(np.int64)
         labels[ends - lengths] = IGNORED_LABEL
         positions = np.arange(len(values)) - np.repeat(ends - lengths, lengths)
         whole = np.diff(np.append(0, ends)[np.append(0, np.cumsum(packed, dtype=np.int64))])
         shape = wire.shape.rows, wire.shape.source
-        real = _inside(whole, shape)
-        position_ids = _filled(real, positions, 0, pin)
-        position_ids.numpy()[~real] = (np.arange(shape[1]) - whole[:, None])[~real]
+        empty = _outside(whole, shape)
+        position_ids = _rectangle(positions, whole, empty, 0, pin)
+        position_ids.numpy()[empty] = (np.arange(shape[1]) - whole[:, None])[empty]
         return MicroBatch(
             index=wire.index,
             sample_ids=wire.sample_ids,
-            input_ids=_filled(real, values, self.eos_id, pin),
+            input_ids=_rectangle(values, whole, empty, self.eos_id, pin),
             attention_mask=None,
-            labels=_filled(real, labels, IGNORED_LABEL, pin),
+            labels=_rectangle(labels, whole, empty, IGNORED_LABEL, pin),
             token_type_ids=None,
             work=_work(lengths),
             padded_tokens=shape[0] * shape[1],
@@ -142,21 +142,32 @@ def _work(lengths: np.ndarray, label_lengths: np.ndarray | None = None) -> Work:
 
 def rectangle(values: np.ndarray, lengths: np.ndarray, fill: int) -> torch.Tensor:
     """Rows laid end to end become int64 [rows, longest length rounded up], filled at the right."""
-    return _filled(_inside(lengths, (len(lengths), int(round_up(lengths).max(initial=0)))), values, fill)
+    return _rectangle(values, lengths, _outside(lengths, (len(lengths), int(round_up(lengths).max(initial=0)))), fill)
 
 
-def _inside(lengths: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Where a rectangle holds values: bool [rows, width]; rows beyond the lengths hold none."""
-    inside = np.zeros(shape, dtype=bool)
-    inside[: len(lengths)] = np.arange(shape[1]) < np.asarray(lengths)[:, None]
-    return inside
+def _rectangle(values: np.ndarray, lengths: np.ndarray, outside: np.ndarray, fill: int, pin: bool = False) -> torch.Tensor:
+    return _filled(Ragged.of(values, lengths), np.arange(len(lengths)), outside, fill, pin)
 
 
-def _filled(inside: np.ndarray, values: np.ndarray | int, fill: int, pin: bool = False) -> torch.Tensor:
-    """int64: the values in order where they belong, `fill` elsewhere."""
-    out = torch.full(inside.shape, fill, dtype=torch.int64, pin_memory=pin)
-    if isinstance(values, np.ndarray) and len(values) == inside.size:  # rows of equal length
-        out.numpy()[:] = values.reshape(inside.shape)
-    else:
-        out.numpy()[inside] = values
+def _padded(wire: WireMicroBatch, name: str, outside: np.ndarray, fill: int, pin: bool) -> torch.Tensor:
+    return _filled(wire.columns[name], wire.rows, outside, fill, pin)
+
+
+def _outside(lengths: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Where a rectangle holds no values: bool [rows, width]; rows beyond the lengths hold none."""
+    outside = np.ones(shape, dtype=bool)
+    outside[: len(lengths)] = np.arange(shape[1]) >= np.asarray(lengths)[:, None]
+    return outside
+
+
+def _filled(column: Ragged, rows: np.ndarray, outside: np.ndarray, fill: int, pin: bool) -> torch.Tensor:
+    """int64: the values of the rows, `fill` where none belong."""
+    out = _new(outside.shape, pin)
+    values = out.numpy()
+    values[: len(rows)] = column.windows(rows, outside.shape[1])
+    np.copyto(values, fill, where=outside)
     return out
+
+
+def _new(shape: tuple[int, ...], pin: bool) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int64, pin_memory=pin)

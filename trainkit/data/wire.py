@@ -1,23 +1,28 @@
-"""What travels from the DataDistributor to a rank: ragged rows, all of a call end to end, in the smallest integer type that holds them."""
+"""What travels from the DataDistributor to a rank: which rows stand together, and the rows, unless the rank sees the arrays itself.
+
+Rows travel ragged, all of a call end to end, in the smallest integer type that holds them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from trainkit.data.arrays import Ragged
 from trainkit.data.batches import Shape
 
 
 @dataclass(frozen=True)
 class WireMicroBatch:
-    """Rows of one micro-batch, ragged: `columns[name] = (values of all rows end to end, length of each row)`."""
+    """Of one micro-batch: its rows are `columns[name]` at `rows`."""
 
     index: int  # among the k micro-batches of the step, over all ranks
     shape: Shape  # to be padded to
     sample_ids: np.ndarray
-    columns: dict[str, tuple[np.ndarray, np.ndarray]]
+    columns: Mapping[str, Ragged]
+    rows: np.ndarray  # int64
     packed: np.ndarray | None = None  # rows in each packed sequence
 
 
@@ -41,19 +46,16 @@ class WireCall:
     steps: np.ndarray  # int64 [steps, 5]: epoch, samples, label_tokens, k, micro-batches of this rank
     micro_batches: np.ndarray  # int64 [micro-batches, 5]: index, samples, and the shape's rows, source, target
     sample_ids: np.ndarray
-    columns: dict[str, tuple[np.ndarray, np.ndarray]]
+    columns: dict[str, tuple[np.ndarray, np.ndarray]] | None  # values of all rows end to end, and lengths; None: the rank reads them itself
     packed: np.ndarray | None  # rows of every packed sequence; a micro-batch has shape.rows of them
+    num_bytes: int  # of the rows' values, whether they come with it or not
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(values.nbytes + lengths.nbytes for values, lengths in self.columns.values()) + self.sample_ids.nbytes
-
-    def unpack(self) -> list[WireStep]:
-        micro_batches = iter(self._micro_batches())
-        steps = []
+    def unpack(self, at_hand: Mapping[str, Ragged] | None = None) -> Iterator[WireStep]:
+        """at_hand: the columns of all rows of the data, where they did not come with it. One step after the other: a thread that makes many
+        small things at once keeps Python's lock from the loop."""
+        micro_batches = self._micro_batches(at_hand)
         for step, (epoch, samples, label_tokens, k, mine) in enumerate(self.steps.tolist(), start=self.first):
-            steps.append(WireStep(step, epoch, samples, label_tokens, k, [next(micro_batches) for _ in range(mine)]))
-        return steps
+            yield WireStep(step, epoch, samples, label_tokens, k, [next(micro_batches) for _ in range(mine)])
 
     def samples_by_step(self) -> dict[int, int]:
         """Of this rank."""
@@ -61,17 +63,18 @@ class WireCall:
         ends = np.cumsum(self.steps[:, 4])
         return dict(enumerate((before[ends] - before[ends - self.steps[:, 4]]).tolist(), start=self.first))
 
-    def _micro_batches(self) -> Iterator[WireMicroBatch]:
+    def _micro_batches(self, at_hand: Mapping[str, Ragged] | None) -> Iterator[WireMicroBatch]:
+        ids = self.sample_ids.astype(np.int64)
+        if self.columns is None:
+            assert at_hand is not None
+            columns, rows = at_hand, ids
+        else:
+            columns, rows = {name: Ragged.of(*column) for name, column in self.columns.items()}, np.arange(len(ids))
         row = sequence = 0
-        value = dict.fromkeys(self.columns, 0)
         for index, samples, *shape in self.micro_batches.tolist():
-            columns = {}
-            for name, (values, lengths) in self.columns.items():
-                own = lengths[row : row + samples]
-                end = value[name] + int(own.sum())
-                columns[name], value[name] = (values[value[name] : end], own), end
             packed = None if self.packed is None else self.packed[sequence : sequence + shape[0]]
-            yield WireMicroBatch(index, Shape(*shape), self.sample_ids[row : row + samples], columns, packed)
+            own = slice(row, row + samples)
+            yield WireMicroBatch(index, Shape(*shape), ids[own], columns, rows[own], packed)
             row, sequence = row + samples, sequence + shape[0]
 
 
