@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from ranks import launch
 
-pytestmark = pytest.mark.timeout(900)  # all cases train in one fixture, in minutes on two quiet cores
+pytestmark = pytest.mark.timeout(1200)  # all cases train in one fixture, in minutes on two quiet cores
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
-FLAT = ["zero1", "zero2", "zero3"]  # stages with an own way beside CUDA graphs
+FLAT = ["zero0", "zero1", "zero2", "zero3"]  # stages without offload, whose step is our own where nothing stands against it
+PARTITIONED = FLAT[1:]  # stage 0 sums gradients as stage 1 does: what happens in a block needs no second row
 LAYOUTS = {1: [12, 6, 3], 2: [6, 3, 2]}  # world size to rows of a micro-batch: 1, 2, 4 and 2, 4, 6 micro-batches a step
 Results = dict[str, np.ndarray]
 
@@ -86,7 +87,7 @@ def train_all(folder: Path, world_size: int, cases: list[dict[str, object]]) -> 
     cases_file, results_file = folder / f"cases-{world_size}.json", folder / f"results-{world_size}.json"
     cases_file.write_text(json.dumps(cases))
     launch(
-        Path(__file__).with_name("parity_worker.py"), [str(cases_file), str(results_file)], world_size, folder, 500,
+        Path(__file__).with_name("parity_worker.py"), [str(cases_file), str(results_file)], world_size, folder, 900,
         DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
     )  # fmt: skip
     return {name: np.array(rows) for name, rows in json.loads(results_file.read_text()).items()}
@@ -156,7 +157,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
         case(f"{stage} lora apart", f"zero={stage}", rows(6), lora, task="causal", first_weights=str(lora_weights), apart=True, joint=True)
         for stage in FLAT
     ]
-    two += [case(f"{stage} apart compiled", f"zero={stage}", rows(6), "model.compile=blocks", apart=True) for stage in FLAT]
+    two += [case(f"{stage} apart compiled", f"zero={stage}", rows(6), "model.compile=blocks", apart=True) for stage in PARTITIONED]
     two += [case(f"{stage} compiled", f"zero={stage}", rows(6), "model.compile=blocks") for stage in ("zero0", "zero1", "zero3")]
     by_task = {"packed": ["data.packing=true"], "recomputed": ["model.gradient_checkpointing=true"], "lora": [lora],
                "selective": ["model.gradient_checkpointing=selective"]}  # fmt: skip
@@ -170,14 +171,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     two += [case("recomputed", "zero=zero3", rows(6), "model.gradient_checkpointing=true", task="causal")]
     two += [
         case(f"{stage} apart {kind}", f"zero={stage}", rows(3), key, task=task, apart=True)
-        for stage in FLAT
+        for stage in PARTITIONED
         for kind, key, task in (
             ("recomputed", "model.gradient_checkpointing=true", "seq2seq"),
             ("recomputed causal", "model.gradient_checkpointing=true", "causal"),
             ("packed", "data.packing=true", "causal"),
         )
     ]
-    two += [case(f"{stage} apart label", f"zero={stage}", rows(6), *label, apart=True, first_weights=str(head)) for stage in FLAT]
+    two += [case(f"{stage} apart label", f"zero={stage}", rows(6), *label, apart=True, first_weights=str(head)) for stage in PARTITIONED]
     two += [
         case(f"{stage} lora", f"zero={stage}", rows(6), lora, task="causal", export=True, first_weights=str(lora_weights))
         for stage in ("zero2", "zero3")
@@ -233,11 +234,11 @@ def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
     [("zero2 causal", "plain causal"), ("zero3 causal", "plain causal"), ("zero2 packed", "plain causal"),
      ("zero3 packed", "plain causal"), ("recomputed", "plain causal"), ("zero2 lora", "plain lora"), ("zero3 lora", "plain lora"),
      ("zero2 label", "plain label"), ("zero3 label", "plain label"), ("zero2 stored", "plain"), ("zero3 stored", "plain"),
-     ("zero3_offload stored", "plain"), ("zero0 apart", "plain"), *((f"{stage} apart", "plain") for stage in FLAT),
+     ("zero3_offload stored", "plain"), *((f"{stage} apart", "plain") for stage in FLAT),
      *((f"{stage} lora apart", "plain lora") for stage in FLAT), *((f"{stage} apart unclipped", "plain unclipped") for stage in FLAT),
-     *((f"{stage} apart compiled", "plain") for stage in FLAT), *((f"{stage} apart recomputed", "plain") for stage in FLAT),
-     *((f"{stage} apart {kind}", "plain causal") for stage in FLAT for kind in ("recomputed causal", "packed")),
-     *((f"{stage} apart label", "plain label") for stage in FLAT),
+     *((f"{stage} apart compiled", "plain") for stage in PARTITIONED), *((f"{stage} apart recomputed", "plain") for stage in PARTITIONED),
+     *((f"{stage} apart {kind}", "plain causal") for stage in PARTITIONED for kind in ("recomputed causal", "packed")),
+     *((f"{stage} apart label", "plain label") for stage in PARTITIONED),
      ("zero0 compiled", "plain"), ("zero1 compiled", "plain"), ("zero3 compiled", "plain"), ("packed compiled", "plain causal"),
      ("own kernels", "plain"), ("packed own kernels", "plain causal"),
      ("recomputed compiled", "plain causal"), ("selective compiled", "plain causal"), ("lora compiled", "plain lora")],

@@ -60,6 +60,7 @@ def test_stage_0_is_plain_training() -> None:
     bf16 = states("zero0", 1)
     assert bf16.device == {"parameters": 2 * T, "gradients": 2 * T, "optimizer": 12 * T, "buckets": 0}
     assert bf16.device_at_step == 20 * T, "fp32 gradients beside the bf16 ones"
+    assert states("zero0", 2).device["buckets"] == 10**9 and states("zero0", 2, flat=True) == bf16, "the gradients lie end to end already"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

@@ -5,7 +5,7 @@ W: world size, b: bytes of the training precision. Flat partitions are T/W, roun
 
               parameters        gradients         optimizer   buckets
     stage 0   bP                bT                8T in fp32, else 12T (fp32 weights, two moments)
-                                                              a flat copy for the all-reduce, if W > 1
+                                                              a flat copy for the all-reduce, if W > 1, save on flat tensors
     stage 1   bP                bT                12T/W       reduce_bucket_size, twice with overlap_comm
     stage 2   bP                2bT/W             12T/W       the same
     stage 3   bP/W + persistent bT/W              12T/W       reduce_bucket_size, gathered parameters
@@ -120,9 +120,10 @@ def model_state_bytes(
 
 
 def _stage_0(case: _Case) -> Memory:
-    """Plain torch in fp32; at 16 bit an fp32 copy of the weights, and at the step fp32 gradients beside the 16 bit ones."""
+    """Plain torch in fp32; at 16 bit an fp32 copy of the weights, and at the step fp32 gradients beside the 16 bit ones. On flat tensors
+    the gradients lie end to end already."""
     masters = 0 if case.width == 4 else 4 * case.trained
-    flat = min(case.trained, ALLREDUCE_ELEMENTS) * case.width if case.world_size > 1 else 0
+    flat = min(case.trained, ALLREDUCE_ELEMENTS) * case.width if case.world_size > 1 and not case.flat else 0
     device = _by_category(_whole(case), case.width * case.trained, masters + 8 * case.trained, flat)
     return Memory(device, _by_category(), sum(device.values()) - flat + masters)
 

@@ -54,7 +54,7 @@ def make_plan(
     memory = plain = None if model is None else model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config)
     not_flat = what_keeps_deepspeeds_step(recipe, zero, ds_config, hardware)
     no_graphs = not_flat or what_keeps_graphs_away(recipe, model)
-    flat = not_flat is None and not (no_graphs is not None and (zero.stage == 0 or decides_on_host(model)))
+    flat = not_flat is None and not (no_graphs is not None and decides_on_host(model))
     if model is not None and flat:
         memory = model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config, flat=True)
         if hardware.memory_bytes is not None and memory.device_total > hardware.memory_bytes:

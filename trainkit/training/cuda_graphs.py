@@ -78,13 +78,6 @@ class FixedGradients:
                 flat.zero_()
             self.taken = False
 
-    def hand_over(self) -> None:
-        """They become the `grad` of the model's own parameters, until the next step begins."""
-        for name, parameter in self.twin.own.items():
-            grad = self.twin.parameters[name].grad
-            assert grad is not None
-            parameter.grad = grad.detach()
-
     def check_in_place(self) -> None:
         self.twin.check_in_place()
 

@@ -24,6 +24,7 @@ from trainkit.planning.plan import Plan
 from trainkit.training.blocks import Sizes, compile_blocks, repeated_blocks
 from trainkit.training.cuda_graphs import FixedGradients, Graphs, Twin
 from trainkit.training.engine_states import EngineStates, Parameters
+from trainkit.training.flat_zero0 import FlatZero0
 from trainkit.training.flat_zero1 import FlatZero1
 from trainkit.training.flat_zero2 import FlatZero2
 from trainkit.training.flat_zero3 import FlatZero3
@@ -97,7 +98,7 @@ class Engine:
             self.loss_kernels = compile_blocks(self.ds.module, say, self.sizes, plan.selective_checkpointing)
         self.called = self.ds  # to run forward
         self.graphs: Graphs | None = None
-        self.flat: FlatZero1 | FlatZero2 | FlatZero3 | None = None
+        self.flat: FlatZero0 | FlatZero1 | FlatZero2 | FlatZero3 | None = None
         self.parameters: Parameters = DeepSpeedParameters(self.ds)
         self._reduce: Callable[[], None]  # over ranks, of gradients that came about outside of DeepSpeed's hooks
         if plan.flat:
@@ -147,7 +148,7 @@ class Engine:
                 self.graphs.gradients.check_in_place()
                 self._reduce()
                 self.graphs.gradients.taken = True
-        if last and self.plan.zero_stage == 0 and self.plan.precision == "fp32":  # DeepSpeed knows no norm here
+        if last and self.flat is None and self.plan.zero_stage == 0 and self.plan.precision == "fp32":  # DeepSpeed knows no norm here
             gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
             self._own_norm = torch.nn.utils.get_total_norm(gradients)
 
@@ -254,9 +255,9 @@ class Engine:
         self.graphs = graphs(gradients, twin, self._sum_loss)
         if self.plan.zero_stage == 1:
             self.flat = FlatZero1(optimizer, gradients.flats, max_norm)
-            self._reduce = self.flat.reduce
         else:
-            self._reduce = functools.partial(self._all_reduce, gradients)
+            self.flat = FlatZero0(optimizer, gradients, max_norm)
+        self._reduce = self.flat.reduce
 
     def _sum_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         kernels = self.loss_kernels if torch.is_grad_enabled() else IN_CHUNKS
@@ -268,12 +269,6 @@ class Engine:
         """Rows, source and target, as the plan counts them."""
         rows, source = batch.input_ids.shape
         return rows, source, batch.labels.shape[1] if self.task is TASKS["seq2seq"] else 0
-
-    def _all_reduce(self, gradients: FixedGradients) -> None:
-        """Have DeepSpeed average over the ranks what came about outside of its hooks."""
-        gradients.hand_over()
-        self.ds.set_gradient_accumulation_boundary(True)
-        self.ds.allreduce_gradients()
 
 
 def _check_applied(ds: Any, plan: Plan) -> None:

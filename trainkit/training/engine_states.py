@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from trainkit.planning.plan import Plan
+from trainkit.training.flat_zero0 import fp32_weights
 from trainkit.training.model import persistent_buffers
 from trainkit.training.states import STATES, WEIGHT, Piece
 
@@ -123,9 +124,7 @@ class EngineStates:
     @functools.cached_property
     def _masters(self) -> dict[torch.nn.Parameter, torch.Tensor]:
         """The fp32 weight of each parameter of a lower precision, without partitioning."""
-        optimizer = self.ds.optimizer
-        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        return {parameter: master for own, masters in groups for parameter, master in zip(own, masters, strict=True)}
+        return fp32_weights(self.ds.optimizer)
 
     @property
     def _scaler(self) -> Any:

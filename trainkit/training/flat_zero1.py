@@ -73,13 +73,17 @@ def clip_and_update(
     dist.all_reduce(squares, group=optimizer.dp_process_group)
     norm = squares.sqrt().float()
     for group, (master, gradient) in enumerate(zip(masters, gradients, strict=True)):
-        if max_norm > 0:
-            smaller = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ and DeepSpeed do
-            clipped = gradient if gradient.dtype == master.dtype else torch.empty_like(master)
-            torch.mul(gradient, smaller.view(1), out=clipped)  # a factor with a dimension has its say in the product's type
-            gradient = clipped
-        master.grad = gradient.to(master.dtype)
+        master.grad = clipped(gradient, norm, max_norm, master.dtype)
         optimizer._optimizer_step(group)
         master.grad = None
         write(group)
     return norm
+
+
+def clipped(gradient: torch.Tensor, norm: torch.Tensor, max_norm: float, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient in a type, as small as clipping to `max_norm` makes it; itself, overwritten, if it has that type. 0 does not clip."""
+    if max_norm == 0:
+        return gradient.to(dtype)
+    smaller = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ and DeepSpeed do
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, smaller.view(1), out=out)  # a factor with a dimension has its say in the product's type
