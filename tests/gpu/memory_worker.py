@@ -55,7 +55,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     while steps < 3:  # fp16 skips steps until its loss scale is found
         engine.backward(engine.sum_loss(batch), 8, last=True)
         steps += engine.step(1e-4)[1]
-    peak = torch.cuda.max_memory_allocated(device) - before
+    peak = max(ready, torch.cuda.max_memory_allocated(device) - before)
     between = torch.cuda.memory_allocated(device) - before
     engine.close()
     del engine, model, partitioning

@@ -122,6 +122,7 @@ def test_offload_moves_the_optimizer_to_the_host(name: str) -> None:
     assert memory.host["gradients"] == (4 + 2) * T // 2
     assert memory.host["parameters"] == (2 * T // 2 if name == "zero3_offload" else 0)
     assert memory.device_total < states(name.removesuffix("_offload"), 2).device_total
+    assert memory.device_at_start == (2 * 2 * T if name == "zero2_offload" else 0) and memory.device_total >= memory.device_at_start
 
 
 def test_deepspeeds_default_bucket_costs_what_it_costs() -> None:

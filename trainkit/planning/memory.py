@@ -41,17 +41,19 @@ BIASED_ATTENTION = ("t5", "mt5", "umt5", "longt5")  # a position bias keeps the 
 class Memory:
     """Bytes per rank by category while a backward pass runs; `device_at_step` is the device's total inside the optimizer step.
 
-    There the buckets are gone (stages 1 and 2) but the gradients of the partition exist a second time, in fp32.
+    There the buckets are gone (stages 1 and 2) but the gradients of the partition exist a second time, in fp32. `device_at_start` is what
+    building takes for a moment, where that may be more: with the optimizer's offload DeepSpeed lays the parameters flat beside themselves.
     """
 
     device: dict[str, int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     device_at_step: int = 0
+    device_at_start: int = 0
 
     @property
     def device_total(self) -> int:
-        """The larger of the two moments."""
-        return max(sum(self.device.values()), self.device_at_step)
+        """The largest of the three moments."""
+        return max(sum(self.device.values()), self.device_at_step, self.device_at_start)
 
     @property
     def host_total(self) -> int:
@@ -154,7 +156,7 @@ def _partitioned_optimizer(case: _Case, gradients: int) -> Memory:
         staging = case.width * max((p.numel for p in case.facts.parameters if p.trainable), default=0)
         device = _by_category(_whole(case), gradients, 0, buckets + staging + case.in_flight)
         host = _by_category(0, (4 + case.width) * case.partition, 12 * case.partition, case.width * case.partition + staging)
-        return Memory(device, host, sum(device.values()))
+        return Memory(device, host, sum(device.values()), _whole(case) + case.width * case.trained)
     device = _by_category(_whole(case), gradients, 12 * case.partition, buckets)
     at_step = device["parameters"] + device["optimizer"] + (2 * case.width + case.fp32_copy) * case.partition
     return Memory(device, _by_category(), at_step)

@@ -168,13 +168,14 @@ def _check_capacity(zero: ZeroConfig, memory: Memory | None, fits: tuple[Fit, ..
     if memory is None or hardware.memory_bytes is None or memory.device_total <= hardware.memory_bytes:
         return
     parts = ", ".join(f"{category} {format_bytes(memory.device[category])}" for category in CATEGORIES)
+    built = f", while it is built {format_bytes(memory.device_at_start)}" if memory.device_at_start else ""
     fitting = [f"{fit.name} ({format_bytes(fit.device)} per GPU, {format_bytes(fit.host)} host)" for fit in fits if fit.fits]
     way_out = "No shipped ZeRO configuration fits: raise scaling.num_workers, or train with model.lora"
     if fitting:
         way_out = f"Write zero: {' or '.join(fitting)}"
     raise DoesNotFit(
         f"{zero.name} on {world_size} worker{'s' if world_size > 1 else ''}: the model states take {format_bytes(memory.device_total)} "
-        f"per GPU ({parts}; in the optimizer step {format_bytes(memory.device_at_step)}), "
+        f"per GPU ({parts}; in the optimizer step {format_bytes(memory.device_at_step)}{built}), "
         f"and {hardware.name} has {format_bytes(hardware.memory_bytes)}. {way_out}",
         device=dict(memory.device),
         memory_bytes=hardware.memory_bytes,

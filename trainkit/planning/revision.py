@@ -53,7 +53,7 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
     return replace(
         plan,
         expected_activation_bytes=activations,
-        expected_peak_bytes=max(sum(memory.device.values()) + activations, memory.device_at_step),
+        expected_peak_bytes=max(sum(memory.device.values()) + activations, memory.device_total),
         compile_blocks=compiles,
         compiled_shapes=tuple(sorted((*shape,) for shape, _ in uses)) if compiles and len(uses) <= COMPILED_SHAPES else (),
         notes=tuple(notes),

@@ -136,6 +136,8 @@ def _memory(plan: Plan, memory: Memory) -> Table:
     for category in CATEGORIES:
         table.add_row(f"  {category}", format_bytes(memory.device.get(category, 0)), format_bytes(memory.host.get(category, 0)))
     table.add_row("  in the optimizer step", format_bytes(memory.device_at_step), "")
+    if memory.device_at_start:
+        table.add_row("  while it is built", format_bytes(memory.device_at_start), "")
     table.add_row("  at most", format_bytes(memory.device_total), format_bytes(memory.host_total), style="bold")
     return table
 
