@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -194,11 +195,12 @@ def main(cases_file: str, results_file: str) -> None:
         if rank == 0:
             prepare(recipe)
         dist.barrier()
-        prepared = prepare(recipe)
+        prepared, began = prepare(recipe), time.monotonic()
         if case["plain"]:
             results[case["name"]] = train_with_torch(recipe, prepared, case["first_weights"])
         else:
             results[case["name"]] = train_with_trainkit(recipe, prepared, case, rank)
+        print(f"{case['name']}: {time.monotonic() - began:.1f} s", flush=True)
     if rank == 0:
         Path(results_file).write_text(json.dumps(results))
     dist.destroy_process_group()

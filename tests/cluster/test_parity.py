@@ -82,7 +82,7 @@ def save_model(folder: Path, task: str) -> None:
         transformers.LlamaConfig(**ids, **shape, bos_token_id=None).save_pretrained(folder)
 
 
-def train_all(folder: Path, world_size: int, cases: list[dict[str, object]]) -> Results:
+def train_all(folder: Path, world_size: int, cases: list[dict[str, Any]]) -> Results:
     """One launch: `world_size` torch processes train all cases in turn. Returns per case [steps, (loss, gradient norm, samples)]."""
     cases_file, results_file = folder / f"cases-{world_size}.json", folder / f"results-{world_size}.json"
     cases_file.write_text(json.dumps(cases))
@@ -117,7 +117,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
 
     def case(
         name: str, *overrides: str, task: str = "seq2seq", plain: bool = False, fault: str | None = None, export: bool = False, **more: Any
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         exported = str(folder / "exported" / name) if export else None
         return {"name": name, "set": list(overrides), "plain": plain, "fault": fault, "export": exported} | files[task] | more
 
@@ -157,7 +157,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
         case(f"{stage} lora apart", f"zero={stage}", rows(6), lora, task="causal", first_weights=str(lora_weights), apart=True, joint=True)
         for stage in FLAT
     ]
-    two += [case(f"{stage} apart compiled", f"zero={stage}", rows(6), "model.compile=blocks", apart=True) for stage in PARTITIONED]
+    two += [case(f"{stage} apart compiled", f"zero={stage}", rows(6), "model.compile=blocks", apart=True) for stage in ("zero1", "zero2")]
+    two += [case("zero3 apart compiled", "zero=zero3", rows(6), "model.compile=blocks", task="causal", apart=True)]  # one kind of block
     two += [case(f"{stage} compiled", f"zero={stage}", rows(6), "model.compile=blocks") for stage in ("zero0", "zero1", "zero3")]
     by_task = {"packed": ["data.packing=true"], "recomputed": ["model.gradient_checkpointing=true"], "lora": [lora],
                "selective": ["model.gradient_checkpointing=selective"]}  # fmt: skip
@@ -166,7 +167,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
              **({"first_weights": str(lora_weights)} if kind == "lora" else {}))
         for kind, keys in by_task.items()
     ]  # fmt: skip
-    two += [case("own kernels", "zero=zero1", rows(6), "model.compile=blocks", own_kernels=2)]
+    two += [case("own kernels", "zero=zero1", rows(6), "model.compile=blocks", task="causal", own_kernels=2)]
     two += [case("packed own kernels", "zero=zero2", rows(6), "model.compile=blocks", "data.packing=true", task="causal", own_kernels=1)]
     two += [case("recomputed", "zero=zero3", rows(6), "model.gradient_checkpointing=true", task="causal")]
     two += [
@@ -193,6 +194,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     two += [case("NaN on rank 1", rows(6), fault="NaN on rank 1")]
     two += [case("mean of means", rows(6), fault="mean of means")]
     two += [case("no norm", rows(6), "optimizer.max_grad_norm=0", fault="no norm")]
+    two.sort(key=lambda case: "model.compile=blocks" in case["set"])  # last: what the compiler keeps makes every later case slower
     return Table(train_all(folder, 1, one) | train_all(folder, 2, two), folder / "exported")
 
 
@@ -236,11 +238,12 @@ def test_bf16_stays_near_fp32(results: Table, stage: str) -> None:
      ("zero2 label", "plain label"), ("zero3 label", "plain label"), ("zero2 stored", "plain"), ("zero3 stored", "plain"),
      ("zero3_offload stored", "plain"), *((f"{stage} apart", "plain") for stage in FLAT),
      *((f"{stage} lora apart", "plain lora") for stage in FLAT), *((f"{stage} apart unclipped", "plain unclipped") for stage in FLAT),
-     *((f"{stage} apart compiled", "plain") for stage in PARTITIONED), *((f"{stage} apart recomputed", "plain") for stage in PARTITIONED),
+     ("zero1 apart compiled", "plain"), ("zero2 apart compiled", "plain"), ("zero3 apart compiled", "plain causal"),
+     *((f"{stage} apart recomputed", "plain") for stage in PARTITIONED),
      *((f"{stage} apart {kind}", "plain causal") for stage in PARTITIONED for kind in ("recomputed causal", "packed")),
      *((f"{stage} apart label", "plain label") for stage in PARTITIONED),
      ("zero0 compiled", "plain"), ("zero1 compiled", "plain"), ("zero3 compiled", "plain"), ("packed compiled", "plain causal"),
-     ("own kernels", "plain"), ("packed own kernels", "plain causal"),
+     ("own kernels", "plain causal"), ("packed own kernels", "plain causal"),
      ("recomputed compiled", "plain causal"), ("selective compiled", "plain causal"), ("lora compiled", "plain lora")],
 )  # fmt: skip
 def test_every_kind_of_model_trains_as_torch_alone(results: Table, name: str, plain: str) -> None:

@@ -5,7 +5,10 @@ RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29511 python 
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +26,15 @@ from trainkit.recipe.zero import read_zero
 from trainkit.training import loop
 from trainkit.training.engine import Engine, Partitioning
 from trainkit.training.model import build_model, model_facts
+from trainkit.training.tasks import TASKS
 
-STEPS = 18
+STEPS, LR = 18, 1e-3
 SHAPES = [(4, 24, 16), (6, 16, 16), (2, 40, 24)]  # each comes again and again, so that it is captured and replayed
 
 
-def step_batch(step: int, rank: int, device: torch.device) -> StepBatch:
-    """Two micro-batches a rank, with padding and labels that do not count; drawn from (step, rank)."""
-    micro_batches = []
+def micro_batches(step: int, rank: int, device: torch.device) -> list[MicroBatch]:
+    """Two, with padding and labels that do not count; drawn from (step, rank)."""
+    drawn = []
     for number in range(2):
         place = rank + (step if step <= len(SHAPES) else step + number)  # at first one is met twice in a step; each rank has others
         rows, source, target = SHAPES[place % len(SHAPES)]
@@ -39,13 +43,54 @@ def step_batch(step: int, rank: int, device: torch.device) -> StepBatch:
         mask = torch.ones_like(ids)
         mask[0, source // 2 :], labels[0, target // 2 :] = 0, -100
         index = rank * 2 + number
-        micro_batches.append(MicroBatch(index, np.arange(rows), ids.to(device), mask.to(device), labels.to(device), None, Work(), 0))
-    counted = torch.tensor(sum(int((micro.labels != -100).sum()) for micro in micro_batches), device=device)
-    dist.all_reduce(counted)
-    return StepBatch(step, 0, 0, int(counted), 2 * dist.get_world_size(), micro_batches)
+        drawn.append(MicroBatch(index, np.arange(rows), ids.to(device), mask.to(device), labels.to(device), None, Work(), 0))
+    return drawn
+
+
+def step_batch(step: int, ranks: list[int], device: torch.device) -> StepBatch:
+    """The micro-batches of these ranks, with the label count of all."""
+    everyone = [micro_batches(step, rank, device) for rank in range(dist.get_world_size())]
+    counted = sum(int((micro.labels != -100).sum()) for own in everyone for micro in own)
+    return StepBatch(step, 0, 0, counted, 2 * len(everyone), [micro for rank in ranks for micro in everyone[rank]])
+
+
+def train_with_torch(case: dict[str, Any], device: torch.device) -> list[list[float]]:
+    """A slow, obvious loop: every rank alone trains the micro-batches of all, with torch's AdamW parameter by parameter."""
+    recipe = read_recipe(case["recipe"], case["set"])
+    task, keys = TASKS[recipe.model.task], recipe.optimizer
+    model = build_model(recipe, case["first_weights"], lambda parameter: contextlib.nullcontext(True)).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LR, betas=tuple(keys.betas), eps=keys.eps, weight_decay=keys.weight_decay, foreach=False, fused=False
+    )  # type: ignore[arg-type]
+    rows = []
+    for step in range(1, STEPS + 1):
+        batch = step_batch(step, [*range(dist.get_world_size())], device)
+        optimizer.zero_grad()
+        losses = [task.sum_loss(task.logits(model, micro), micro.labels) / batch.label_tokens for micro in batch.micro_batches]
+        torch.autograd.backward(losses)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), keys.max_grad_norm)
+        optimizer.step()
+        rows.append([float(sum(losses)), float(norm)])
+    return rows
+
+
+@contextlib.contextmanager
+def waits_of_the_host(watched: bool) -> Iterator[list[str]]:
+    """Where the host waits for the GPU meanwhile, as for `.item()`; nothing is looked for if not `watched`."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn" if watched else "default")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found += [f"{one.filename}:{one.lineno}" for one in caught if "synchronizing CUDA operation" in str(one.message)]
 
 
 def train(case: dict[str, Any], device: torch.device) -> list[list[float]]:
+    if case.get("torch"):
+        return train_with_torch(case, device)
     recipe = read_recipe(case["recipe"], case["set"])
     plan = make_plan(recipe, read_zero(recipe.zero), model_facts(recipe), DataFacts(64, None), Hardware("cuda", "GPU", 140 << 30))
     plan = replace(plan, compiled_shapes=tuple(SHAPES[: case.get("own_kernels", 0)]))
@@ -57,13 +102,16 @@ def train(case: dict[str, Any], device: torch.device) -> list[list[float]]:
     if case.get("waits"):
         model.register_forward_pre_hook(lambda module, inputs: module.shared.weight.sum().item() and None)
     engine = Engine(model, plan, recipe.model.task, device, said.append)
-    first = step_batch(1, dist.get_rank(), device).micro_batches[0]
+    first = micro_batches(1, dist.get_rank(), device)[0]
     engine.warm_up(replace(first, labels=torch.full_like(first.labels, -100)), capture=False)
     rows = []
     for step in range(1, STEPS + 1):
-        batch = step_batch(step, dist.get_rank(), device)
-        loss = loop.forward_and_backward(engine, batch, recipe.train.seed)
-        norm, _ = engine.step(1e-3)
+        batch = step_batch(step, [dist.get_rank()], device)
+        replayed = engine.graphs is not None and len(engine.graphs.made) == len(SHAPES)
+        with waits_of_the_host(replayed or bool(case.get("waits"))) as waits:
+            loss = loop.forward_and_backward(engine, batch, recipe.train.seed)
+            norm, _ = engine.step(LR)
+        assert bool(waits) == bool(case.get("waits")), (case["name"], step, waits)
         dist.all_reduce(loss)
         rows.append([float(loss) / batch.label_tokens, float(norm)])
     if case.get("waits"):
