@@ -285,7 +285,7 @@ def data_sets() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         with tempfile.TemporaryDirectory(prefix="trainkit-batches-") as folder:
             paths = [f"data.path={data}", f"model.path={tokenizer}", f"run.storage_path={folder}"]
             arrays = TokenArrays.open(prepare(read_recipe(ROOT / "recipes" / f"{recipe}.yaml", paths)).train)
-            source, labels = (np.array(arrays.column(column).lengths(np.arange(arrays.rows))) for column in ("input_ids", "labels"))
+            source, labels = (np.array(arrays.by_column[column].lengths(np.arange(arrays.rows))) for column in ("input_ids", "labels"))
         yield name, source, labels if name == "wikisql" else np.zeros_like(source)
     mix = np.clip(np.rint(np.exp(np.random.default_rng(0).normal(np.log(150), 1.0, 40_000))), 16, 2048).astype(np.int64)
     yield "lognormal", mix, np.zeros_like(mix)

@@ -87,7 +87,7 @@ def ours(load: Workload) -> Generator[Batch]:
         last_asked.append(answer)
         return lambda: ray.get(answer)
 
-    source = Source(ask, rows=TokenArrays.open(load.folder).ragged)  # the actor is on this node
+    source = Source(ask, rows=TokenArrays.open(load.folder).by_column)  # the actor is on this node
     feed = Feed(source, Padding(load.task, PAD, eos_id=1), rank=0, last_step=10**9, device=torch.device("cpu"))
     try:
         for step in itertools.count(1):  # epoch after epoch: it reads far ahead, and shall not come to an end
@@ -121,7 +121,7 @@ class Rows:
 
     def __init__(self, folder: Path):
         arrays = TokenArrays.open(folder)
-        self.ids, self.labels, self.rows = arrays.column("input_ids"), arrays.column("labels"), arrays.rows
+        self.ids, self.labels, self.rows = arrays.by_column["input_ids"], arrays.by_column["labels"], arrays.rows
 
     def __len__(self) -> int:
         return self.rows
@@ -204,7 +204,7 @@ def write(folder: Path, name: str, batches: int) -> Workload:
 def arrow_table(load: Workload) -> pa.Table:
     """The same rows as an Arrow table of lists, in the same narrow integers."""
     arrays = TokenArrays.open(load.folder)
-    columns = {name: arrays.column(name) for name in arrays.columns}
+    columns = {name: arrays.by_column[name] for name in arrays.columns}
     return pa.table({name: pa.ListArray.from_arrays(column.offsets.astype(np.int32), column.values) for name, column in columns.items()})
 
 

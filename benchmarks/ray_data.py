@@ -77,7 +77,7 @@ def main() -> None:
         own = ["data.eval=null", "train.metrics=[]", f"run.storage_path={runs}"]
         recipe = read_recipe(options.recipe, [*options.overrides, *own])
         arrays = TokenArrays.open(prepare(recipe).train)
-        columns = {name: arrays.column(name) for name in ("input_ids", "labels")}
+        columns = {name: arrays.by_column[name] for name in ("input_ids", "labels")}
         rows = [{name: column.row(index).tolist() for name, column in columns.items()} for index in range(arrays.rows)]
         ray.init(address="local")
         job = {"recipe": str(options.recipe.absolute()), "overrides": options.overrides, "runs": runs, "result": f"{runs}/result.json",

@@ -163,8 +163,8 @@ def work_of(rank: Rank) -> tuple[Work, int]:
     """All rows' tokens and their products, and the rows."""
     arrays = TokenArrays.open(rank.prepared.train)
     rows = np.arange(arrays.rows)
-    source = arrays.column("input_ids").lengths(rows)
-    target = arrays.column("labels").lengths(rows) if rank.recipe.model.task == "seq2seq" else np.zeros_like(source)
+    source = arrays.by_column["input_ids"].lengths(rows)
+    target = arrays.by_column["labels"].lengths(rows) if rank.recipe.model.task == "seq2seq" else np.zeros_like(source)
     return Work(*(int(n) for n in (source.sum(), target.sum(), source @ source, target @ target, source @ target))), arrays.rows
 
 
@@ -270,7 +270,7 @@ def hf(rank: Rank, clock: Clock, tuned: bool, compiled: bool = False) -> None:
 class Rows(torch.utils.data.Dataset[dict[str, list[int]]]):
     def __init__(self, rank: Rank):
         arrays = TokenArrays.open(rank.prepared.train)
-        self.columns, self.rows = {name: arrays.column(name) for name in ("input_ids", "labels")}, arrays.rows
+        self.columns, self.rows = {name: arrays.by_column[name] for name in ("input_ids", "labels")}, arrays.rows
 
     def __len__(self) -> int:
         return self.rows

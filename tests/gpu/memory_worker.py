@@ -55,7 +55,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     while steps < 3:  # fp16 skips steps until its loss scale is found
         engine.backward(engine.sum_loss(batch), 8, last=True)
         steps += engine.step(1e-4)[1]
-    peak = max(ready, torch.cuda.max_memory_allocated(device) - before)
+    peak = torch.cuda.max_memory_allocated(device) - before
     between = torch.cuda.memory_allocated(device) - before
     engine.close()
     del engine, model, partitioning
@@ -63,7 +63,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     torch.cuda.empty_cache()
     whole = facts.num_parameters * {"bf16": 2, "fp16": 2, "fp32": 4}[plan.precision]
     assert plan.memory is not None
-    planned = {"planned": plan.memory.device_total, "categories": plan.memory.device, "at_step": plan.memory.device_at_step}
+    planned = {name: getattr(plan.memory, name) for name in ("device", "device_total", "device_at_step", "device_at_start")}
     return planned | {"built": built, "ready": ready, "peak": peak, "between": between, "whole": whole}
 
 

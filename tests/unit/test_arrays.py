@@ -28,7 +28,7 @@ def written(folder: Path, rows: list[list[int]], chunk: int = 5) -> TokenArrays:
 @given(rows=ROWS, chunk=st.integers(1, 5))
 def test_rows_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]], chunk: int) -> None:
     arrays = written(tmp_path_factory.mktemp("arrays") / "key", rows, chunk)
-    column = arrays.column("labels")
+    column = arrays.by_column["labels"]
     assert [column.row(i).tolist() for i in range(arrays.rows)] == rows
     assert column.lengths(np.arange(len(rows))).tolist() == arrays.label_tokens.tolist() == [len(row) for row in rows]
     some = np.arange(len(rows))[::-2]
@@ -49,12 +49,12 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFa
     [(0, 255, "uint8"), (0, 256, "uint16"), (0, 65_536, "uint32"), (-100, 127, "int8"), (-100, 32_767, "int16"), (-100, 32_768, "int32")],
 )
 def test_values_are_stored_in_the_smallest_type_that_holds_them(tmp_path: Path, low: int, high: int, kind: str) -> None:
-    values = written(tmp_path / "key", [[low, high], [3]]).column("input_ids").values
+    values = written(tmp_path / "key", [[low, high], [3]]).by_column["input_ids"].values
     assert values.dtype == kind and values.tolist() == [low, high, 3]
 
 
 def test_arrays_are_mapped_not_read(tmp_path: Path) -> None:
-    assert isinstance(written(tmp_path / "key", [[1, 2]]).column("input_ids").values.base, np.memmap)
+    assert isinstance(written(tmp_path / "key", [[1, 2]]).by_column["input_ids"].values.base, np.memmap)
 
 
 def test_what_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_the_first_of_two_writers_stays(tmp_path: Path) -> None:
         late.append({"input_ids": ragged([[9]]), "labels": ragged([[9]])}, np.array([1]))
         written(tmp_path / "key", [[1]])
         late.finish()
-    assert TokenArrays.open(tmp_path / "key").column("labels").row(0).tolist() == [1]
+    assert TokenArrays.open(tmp_path / "key").by_column["labels"].row(0).tolist() == [1]
     assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
 
 
@@ -118,12 +118,12 @@ def test_whoever_opens_a_damaged_folder_while_it_is_rebuilt_finds_every_file(tmp
         for move in (lambda: None, lambda: replace(self, target)):
             with contextlib.suppress(OSError) if target == folder else contextlib.nullcontext():
                 move()
-            opened.append(TokenArrays.open(folder).column("labels").row(1).tolist())
+            opened.append(TokenArrays.open(folder).by_column["labels"].row(1).tolist())
         if target == folder:
             raise OSError
 
     monkeypatch.setattr(Path, "replace", watched)
-    assert [written(folder, rows).column("labels").row(index).tolist() for index in (0, 1)] == rows
+    assert [written(folder, rows).by_column["labels"].row(index).tolist() for index in (0, 1)] == rows
     assert opened[0] == [57] and opened[-1] == [3] and len(opened) >= 10
 
 

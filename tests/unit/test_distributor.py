@@ -68,8 +68,8 @@ def test_every_row_arrives_once_an_epoch_with_its_tokens(tmp_path: Path) -> None
                 seen += micro.sample_ids.tolist()
                 for name, column in micro.columns.items():
                     values, lengths = column.gather(micro.rows)
-                    assert values.tolist() == [int(token) for row in micro.sample_ids for token in arrays.column(name).row(row)]
-                    assert lengths.tolist() == [len(arrays.column(name).row(row)) for row in micro.sample_ids]
+                    assert values.tolist() == [int(token) for row in micro.sample_ids for token in arrays.by_column[name].row(row)]
+                    assert lengths.tolist() == [len(arrays.by_column[name].row(row)) for row in micro.sample_ids]
     assert sorted(seen) == list(range(75))
 
 
@@ -114,7 +114,7 @@ def test_rows_at_hand_make_the_batches_that_travelling_ones_make(tmp_path: Path,
     for rank in range(2):
         travelling, at_hand = (distributor.steps("train", 1, 5, rank, with_rows=with_rows) for with_rows in (True, False))
         assert at_hand.columns is None and at_hand.num_bytes == travelling.num_bytes > 0
-        for one, other in zip(travelling.unpack(), at_hand.unpack(arrays.ragged), strict=True):
+        for one, other in zip(travelling.unpack(), at_hand.unpack(arrays.by_column), strict=True):
             one, other = padding.step(one, pin=False), padding.step(other, pin=False)
             assert one.label_tokens == other.label_tokens and len(one.micro_batches) == len(other.micro_batches) > 0
             for mine, theirs in zip(one.micro_batches, other.micro_batches, strict=True):
@@ -148,7 +148,7 @@ def test_feeding_many_rows_needs_no_memory_for_them(tmp_path: Path) -> None:
     for step in (1, 2000, 5859):
         assert len(distributor.steps("train", step, 1, 0).sample_ids) > 100
         call = distributor.steps("train", step, 1, 0, with_rows=False)
-        assert len(Padding("causal", 0, 1).step(next(call.unpack(TokenArrays.open(tmp_path).ragged)), pin=False).micro_batches) > 0
+        assert len(Padding("causal", 0, 1).step(next(call.unpack(TokenArrays.open(tmp_path).by_column)), pin=False).micro_batches) > 0
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * 2**20

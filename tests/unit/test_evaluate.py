@@ -97,13 +97,15 @@ def slow_answers(model: Any, task: str, arrays: TokenArrays) -> list[Any]:
     answers: list[Any] = []
     with torch.no_grad():
         for row in range(arrays.rows):
-            ids = torch.tensor(arrays.column("input_ids").row(row).astype(np.int64))[None]
+            ids = torch.tensor(arrays.by_column["input_ids"].row(row).astype(np.int64))[None]
             if task == "classification":
-                types = torch.tensor(arrays.column("token_type_ids").row(row).astype(np.int64))[None]
+                types = torch.tensor(arrays.by_column["token_type_ids"].row(row).astype(np.int64))[None]
                 answers.append(int(model(input_ids=ids, token_type_ids=types).logits.argmax()))
                 continue
             prompt = (
-                ids[:, : int((arrays.column("labels").row(row) == -100).sum())] if task == "causal" else torch.zeros(1, 1, dtype=torch.long)
+                ids[:, : int((arrays.by_column["labels"].row(row) == -100).sum())]
+                if task == "causal"
+                else torch.zeros(1, 1, dtype=torch.long)
             )
             out, start = prompt, prompt.shape[1]
             while out.shape[1] < start + 5 and (out.shape[1] == start or out[0, -1] != 1):
@@ -193,7 +195,7 @@ def test_expected_text_is_the_labelled_part_without_special_tokens(task: str, tm
     values, examples = measured(model_of(task), task, arrays_of(tmp_path / "a", task), tokenizer, ["exact_match", "rouge"])
     same_rows = arrays_of(tmp_path / "b", "seq2seq")
     for row, one in enumerate(examples):
-        source, target = (same_rows.column(name).row(row) for name in ("input_ids", "labels"))
+        source, target = (same_rows.by_column[name].row(row) for name in ("input_ids", "labels"))
         assert one["source"] == " ".join(f"w{number}" for number in source)
         assert one["expected"] == " ".join(f"w{number}" for number in target[:-1])
     assert set(values) == {"exact_match", "rouge1", "rouge2", "rougeL"}

@@ -223,9 +223,18 @@ def test_a_wait_that_ends_is_said_to_have_ended(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_small_steps_wake_a_waiting_loop_together_but_never_leave_it_asleep() -> None:
+    waits = threading.Event()
+
+    class Watched(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.set()
+            return super().wait(timeout)
+
     ahead, got = feeds._Ahead(most_bytes=100), []
+    ahead.changed = Watched()
     loop = threading.Thread(target=lambda: got.append(ahead.take(30)))
     loop.start()
+    assert waits.wait(10)
     ahead.put(ValueError("small"), 60, wake=False)
     loop.join(0.2)
     assert loop.is_alive(), "it waits for more"

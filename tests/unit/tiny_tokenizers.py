@@ -76,7 +76,7 @@ def ids(text: str, recipe: Recipe) -> list[int]:
 def rows_of(folder: str | None, column: str) -> list[list[int]]:
     assert folder is not None
     arrays = TokenArrays.open(folder)
-    return [arrays.column(column).row(row).tolist() for row in range(arrays.rows)]
+    return [arrays.by_column[column].row(row).tolist() for row in range(arrays.rows)]
 
 
 def counted(folder: str) -> list[int]:

@@ -102,12 +102,8 @@ class TokenArrays:
             raise ValueError(f"{folder}: the token arrays are not complete")
         return cls(Path(folder), manifest)
 
-    def column(self, name: str) -> Ragged:
-        return self.ragged[name]
-
     @cached_property
-    def ragged(self) -> dict[str, Ragged]:
-        """All columns, by name."""
+    def by_column(self) -> dict[str, Ragged]:
         return {name: Ragged(self._load(f"{name}.values.npy"), self._load(f"{name}.offsets.npy")) for name in self.columns}
 
     @cached_property

@@ -148,7 +148,7 @@ class DataDistributor:
     def _cut(self, split: str, step: int, world_size: int) -> tuple[np.ndarray, list[Part]]:
         feeding, arrays = self.feedings[split], self.arrays[split]
         ids = samples_of_step(feeding.seed, arrays.rows, feeding.samples_per_step, step, feeding.shuffle)
-        source = arrays.column("input_ids").lengths(ids)
+        source = arrays.by_column["input_ids"].lengths(ids)
         if feeding.pack_length is not None:
             longest = max(feeding.pack_length, arrays.manifest["longest"]["input_ids"])  # rows that came tokenized are cut by nobody
             return ids, pack(source, world_size, feeding.budget, longest)
@@ -163,19 +163,19 @@ class DataDistributor:
         rows = samples_of_step(0, self.arrays[split].rows, min(_ROWS_OF_CATALOGUE, self.arrays[split].rows), 1)
         longest = {name: max(arrays.manifest["longest"][name] for arrays in self.arrays.values()) for name in ("input_ids", "labels")}
         most = longest["input_ids"], longest["labels"] if feeding.task == "seq2seq" else 0
-        source, target = self.arrays[split].column("input_ids").lengths(rows), self._targets(split, rows)
+        source, target = self.arrays[split].by_column["input_ids"].lengths(rows), self._targets(split, rows)
         return Catalogues(source, target, feeding.samples_per_step, feeding.budget, most)
 
     def _targets(self, split: str, rows: np.ndarray) -> np.ndarray:
         """Lengths that count beside input_ids: those of seq2seq labels."""
         if self.feedings[split].task != "seq2seq":
             return np.zeros(len(rows), np.int64)
-        return self.arrays[split].column("labels").lengths(rows)
+        return self.arrays[split].by_column["labels"].lengths(rows)
 
     def _pack(self, split: str, first: int, count: int, rank: int, most_bytes: int | None, with_rows: bool) -> WireCall:
         feeding, arrays = self.feedings[split], self.arrays[split]
         steps, micro_batches, sample_ids, packed = [], [], [], []
-        columns = arrays.ragged
+        columns = arrays.by_column
         num_bytes = 0
         for step in range(first, first + count):
             with self.composing:  # all ranks ask for the same steps at about the same time
@@ -241,8 +241,8 @@ class Distributors:
         if ray.get_runtime_context().get_node_id() not in {self.home, *self.of_node}:
             return None
         try:
-            return TokenArrays.open(folder).ragged
-        except ValueError:
+            return TokenArrays.open(folder).by_column
+        except (OSError, ValueError):
             return None
 
     def shapes(self, split: str, first: int, count: int) -> dict[Shape, int]:

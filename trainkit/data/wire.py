@@ -40,7 +40,7 @@ class WireStep:
 
 @dataclass(frozen=True)
 class WireCall:
-    """The answer to one call: few arrays, because each costs a message more than its bytes do. `unpack` gives views of them."""
+    """The answer to one call: few arrays, because each costs a message more than its bytes do."""
 
     first: int
     steps: np.ndarray  # int64 [steps, 5]: epoch, samples, label_tokens, k, micro-batches of this rank

@@ -91,7 +91,7 @@ def _class_metrics(
 
 def _span(arrays: TokenArrays, task: str, row: int) -> tuple[np.ndarray, np.ndarray]:
     """(prompt, reference) as token ids. A causal row that is labelled from its first token on is prompted with that token."""
-    ids, labels = arrays.column("input_ids").row(row), arrays.column("labels").row(row)
+    ids, labels = arrays.by_column["input_ids"].row(row), arrays.by_column["labels"].row(row)
     if task != "causal":
         return ids, labels[labels != IGNORED_LABEL]
     learned = labels[1:] != IGNORED_LABEL
@@ -103,7 +103,7 @@ def _span(arrays: TokenArrays, task: str, row: int) -> tuple[np.ndarray, np.ndar
 
 
 def _rows(arrays: TokenArrays, name: str) -> list[np.ndarray]:
-    column = arrays.column(name)
+    column = arrays.by_column[name]
     return [column.row(row) for row in range(arrays.rows)]
 
 

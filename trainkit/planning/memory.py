@@ -42,7 +42,8 @@ class Memory:
     """Bytes per rank by category while a backward pass runs; `device_at_step` is the device's total inside the optimizer step.
 
     There the buckets are gone (stages 1 and 2) but the gradients of the partition exist a second time, in fp32. `device_at_start` is what
-    building takes for a moment, where that may be more: with the optimizer's offload DeepSpeed lays the parameters flat beside themselves.
+    building takes for a moment under stages 1 and 2, where DeepSpeed lays the parameters flat beside themselves. It does so on the host if
+    the device has no room for it, so it counts in the peak that is expected, and not in what must fit.
     """
 
     device: dict[str, int] = field(default_factory=dict)
@@ -52,8 +53,8 @@ class Memory:
 
     @property
     def device_total(self) -> int:
-        """The largest of the three moments."""
-        return max(sum(self.device.values()), self.device_at_step, self.device_at_start)
+        """What must fit: the larger of the two moments in a step."""
+        return max(sum(self.device.values()), self.device_at_step)
 
     @property
     def host_total(self) -> int:
@@ -110,15 +111,17 @@ def model_state_bytes(
 ) -> Memory:
     """What one rank holds. ds_config is resolved (planning/deepspeed_config.py): its zero_optimization gives the sizes.
 
-    flat: the plan is, as CUDA graphs need it (training/flat_zero1.py, by_blocks.py)."""
+    flat: the plan is, as CUDA graphs need it (training/flat_zero0.py, flat_zero1.py, by_blocks.py)."""
     width = PRECISION_BYTES[precision]
     accumulated = PRECISION_BYTES.get(ds_config.get("data_types", {}).get("grad_accum_dtype", precision), width)
     section = ds_config["zero_optimization"]
     case = _Case(facts, zero.offload_optimizer, zero.offload_param, world_size, width, section, accumulated, flat)
     stages: dict[int, Callable[[_Case], Memory]] = {0: _stage_0, 1: _stage_1, 2: _stage_2, 3: _stage_3}
-    if flat and zero.stage >= 2:
-        return _stage_2_by_blocks(case) if zero.stage == 2 else _stage_3_by_blocks(case)
-    return stages[zero.stage](case)
+    if flat:
+        stages |= {2: _stage_2_by_blocks, 3: _stage_3_by_blocks}
+    memory = stages[zero.stage](case)
+    laid_flat = _whole(case) + width * case.trained
+    return replace(memory, device_at_start=laid_flat) if zero.stage in (1, 2) else memory
 
 
 def _stage_0(case: _Case) -> Memory:
@@ -156,7 +159,7 @@ def _partitioned_optimizer(case: _Case, gradients: int) -> Memory:
         staging = case.width * max((p.numel for p in case.facts.parameters if p.trainable), default=0)
         device = _by_category(_whole(case), gradients, 0, buckets + staging + case.in_flight)
         host = _by_category(0, (4 + case.width) * case.partition, 12 * case.partition, case.width * case.partition + staging)
-        return Memory(device, host, sum(device.values()), _whole(case) + case.width * case.trained)
+        return Memory(device, host, sum(device.values()))
     device = _by_category(_whole(case), gradients, 12 * case.partition, buckets)
     at_step = device["parameters"] + device["optimizer"] + (2 * case.width + case.fp32_copy) * case.partition
     return Memory(device, _by_category(), at_step)

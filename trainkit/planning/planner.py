@@ -54,7 +54,7 @@ def make_plan(
     memory = plain = None if model is None else model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config)
     not_flat = what_keeps_deepspeeds_step(recipe, zero, ds_config, hardware)
     no_graphs = not_flat or what_keeps_graphs_away(recipe, model)
-    flat = not_flat is None and not (no_graphs is not None and decides_on_host(model))
+    flat = not_flat is None and not decides_on_host(model)
     if model is not None and flat:
         memory = model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config, flat=True)
         if hardware.memory_bytes is not None and memory.device_total > hardware.memory_bytes:
@@ -168,14 +168,13 @@ def _check_capacity(zero: ZeroConfig, memory: Memory | None, fits: tuple[Fit, ..
     if memory is None or hardware.memory_bytes is None or memory.device_total <= hardware.memory_bytes:
         return
     parts = ", ".join(f"{category} {format_bytes(memory.device[category])}" for category in CATEGORIES)
-    built = f", while it is built {format_bytes(memory.device_at_start)}" if memory.device_at_start else ""
     fitting = [f"{fit.name} ({format_bytes(fit.device)} per GPU, {format_bytes(fit.host)} host)" for fit in fits if fit.fits]
     way_out = "No shipped ZeRO configuration fits: raise scaling.num_workers, or train with model.lora"
     if fitting:
         way_out = f"Write zero: {' or '.join(fitting)}"
     raise DoesNotFit(
         f"{zero.name} on {world_size} worker{'s' if world_size > 1 else ''}: the model states take {format_bytes(memory.device_total)} "
-        f"per GPU ({parts}; in the optimizer step {format_bytes(memory.device_at_step)}{built}), "
+        f"per GPU ({parts}; in the optimizer step {format_bytes(memory.device_at_step)}), "
         f"and {hardware.name} has {format_bytes(hardware.memory_bytes)}. {way_out}",
         device=dict(memory.device),
         memory_bytes=hardware.memory_bytes,

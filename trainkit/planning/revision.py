@@ -50,10 +50,11 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
         compiles = seconds >= COMPILED_FROM_SECONDS
         if not compiles:
             notes.append(f"blocks are not compiled: about {format_seconds(seconds)} of work, less than what would pay for the compiler")
+    at_start = memory.device_at_start if plan.device_memory is None else min(memory.device_at_start, plan.device_memory)
     return replace(
         plan,
         expected_activation_bytes=activations,
-        expected_peak_bytes=max(sum(memory.device.values()) + activations, memory.device_total),
+        expected_peak_bytes=max(sum(memory.device.values()) + activations, memory.device_at_step, at_start),
         compile_blocks=compiles,
         compiled_shapes=tuple(sorted((*shape,) for shape, _ in uses)) if compiles and len(uses) <= COMPILED_SHAPES else (),
         notes=tuple(notes),

@@ -8,11 +8,11 @@ from trainkit.planning.facts import Hardware, ModelFacts
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import ZeroConfig
 
-UNUSED_WHEN_FLAT = (  # of stages 1 to 3, as zero_optimization has them without "stage3_": sizes and ways of what DeepSpeed's hooks would do
+UNUSED_WHEN_FLAT = (  # sizes and ways of what DeepSpeed's hooks would do; those of zero_optimization without "stage3_"
     *("reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size", "param_persistence_threshold"),
     *("model_persistence_threshold", "max_live_parameters", "max_reuse_distance"),
     *("overlap_comm", "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce"),
-    "ignore_unused_parameters",
+    *("ignore_unused_parameters", "prescale_gradients", "gradient_predivide_factor"),
 )
 
 

@@ -150,7 +150,7 @@ def planned_bytes(plan: Mapping[str, Any]) -> int | None:
     expected, memory = plan.get("expected_peak_bytes"), plan["memory"]
     if expected is not None or memory is None:
         return expected
-    return max(sum(memory["device"].values()), memory["device_at_step"], memory.get("device_at_start", 0))
+    return max(sum(memory["device"].values()), memory["device_at_step"])
 
 
 def last_parts(path: str) -> str:

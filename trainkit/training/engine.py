@@ -91,7 +91,9 @@ class Engine:
         if plan.zero_stage == 3 and plan.compile_blocks and not plan.flat:
             for block in repeated_blocks(model):  # one hook and one collective for its parameters, instead of one for each layer in it
                 deepspeed.utils.set_z3_leaf_module(block, True)
-        self.ds, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=plan.ds_config, dist_init_required=False)
+        self.ds, *_ = deepspeed.initialize(
+            model=model, model_parameters=trainable, config=_without_learning_rate(plan.ds_config), dist_init_required=False
+        )
         self.trainable = trainable
         self.loss_kernels, self.sizes = IN_CHUNKS, Sizes()
         if plan.compile_blocks:
@@ -100,7 +102,6 @@ class Engine:
         self.graphs: Graphs | None = None
         self.flat: FlatZero0 | FlatZero1 | FlatZero2 | FlatZero3 | None = None
         self.parameters: Parameters = DeepSpeedParameters(self.ds)
-        self._reduce: Callable[[], None]  # over ranks, of gradients that came about outside of DeepSpeed's hooks
         if plan.flat:
             self._make_flat(say)
         self._own_norm: torch.Tensor | None = None
@@ -139,14 +140,14 @@ class Engine:
         """
         averaged = 1 if self.flat is not None else self.world_size
         weighted = sum_loss * (averaged / max(1, label_tokens))
-        if self.graphs is None:
+        if self.graphs is None or self.flat is None:
             self.ds.set_gradient_accumulation_boundary(last)
             self.ds.backward(weighted, scale_wrt_gas=False)
         else:
             weighted.backward()
             if last:
                 self.graphs.gradients.check_in_place()
-                self._reduce()
+                self.flat.reduce()
                 self.graphs.gradients.taken = True
         if last and self.flat is None and self.plan.zero_stage == 0 and self.plan.precision == "fp32":  # DeepSpeed knows no norm here
             gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
@@ -247,7 +248,7 @@ class Engine:
                     hook.remove()
                 by_blocks = self.parameters = FlatZero3(module, optimizer, max_norm)
                 self.called = module
-            self.flat, self._reduce = by_blocks, by_blocks.reduce
+            self.flat = by_blocks
             self.graphs = graphs(by_blocks, by_blocks.called, lambda *asked: by_blocks.watched(self._sum_loss(*asked)))
             return
         twin = Twin(module)
@@ -257,7 +258,6 @@ class Engine:
             self.flat = FlatZero1(optimizer, gradients.flats, max_norm)
         else:
             self.flat = FlatZero0(optimizer, gradients, max_norm)
-        self._reduce = self.flat.reduce
 
     def _sum_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         kernels = self.loss_kernels if torch.is_grad_enabled() else IN_CHUNKS
@@ -269,6 +269,12 @@ class Engine:
         """Rows, source and target, as the plan counts them."""
         rows, source = batch.input_ids.shape
         return rows, source, batch.labels.shape[1] if self.task is TASKS["seq2seq"] else 0
+
+
+def _without_learning_rate(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Each step brings its own. Stage 0 makes the states by a step on zeros, in which the weights would decay."""
+    optimizer = ds_config["optimizer"]
+    return ds_config | {"optimizer": optimizer | {"params": optimizer["params"] | {"lr": 0.0}}}
 
 
 def _check_applied(ds: Any, plan: Plan) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from trainkit.training.cuda_graphs import FixedGradients
-from trainkit.training.flat_zero1 import clipped
+from trainkit.training.flat_zero1 import clipped, squared_norm
 
 
 def fp32_weights(optimizer: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -41,7 +41,7 @@ class FlatZero0:
 
     def step(self) -> torch.Tensor:
         """AdamW on the sums; returns the norm of the gradients before clipping, in fp32."""
-        norm = torch.linalg.vector_norm(self.gradient, dtype=torch.float32)
+        norm = squared_norm([self.gradient]).sqrt().float()
         wide = clipped(self.gradient, norm, self.max_norm, self.masters[0].dtype)
         for master, gradient in zip(self.masters, wide.split([master.numel() for master in self.masters]), strict=True):
             master.grad = gradient.view_as(master)

@@ -68,8 +68,7 @@ def clip_and_update(
     optimizer: DeepSpeed's. masters, gradients: of each of its groups, of the same shape; gradients of the masters' type are overwritten.
     max_norm: 0 does not clip. write: carries a group's new weights to where forward sees them.
     """
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    squares = torch.stack(norms).double().square().sum()
+    squares = squared_norm(gradients)
     dist.all_reduce(squares, group=optimizer.dp_process_group)
     norm = squares.sqrt().float()
     for group, (master, gradient) in enumerate(zip(masters, gradients, strict=True)):
@@ -78,6 +77,12 @@ def clip_and_update(
         master.grad = None
         write(group)
     return norm
+
+
+def squared_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of the squares in fp64, a scalar. In fp32 its last bits would tell the order in which a stage lays gradients, and clipping would
+    carry them into the weights."""
+    return torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float64)).square().sum()
 
 
 def clipped(gradient: torch.Tensor, norm: torch.Tensor, max_norm: float, dtype: torch.dtype) -> torch.Tensor:

@@ -90,8 +90,16 @@ _GPU_TAGS = (
     RankTag("gpu/temperature_celsius", "Temperature in °C, by NVML.", lambda r: _measured(r.gpu_celsius)),
 )
 _CPU_TAGS = (
-    RankTag("memory/peak_rss_gib", f"GiB of the worker process that were resident at most {_SO_FAR}", lambda r: gib(r.peak_bytes)),
-    RankTag("memory/rss_gib", "GiB of the worker process that are resident after the step.", lambda r: gib(r.host_bytes)),
+    RankTag(
+        "memory/peak_rss_gib",
+        f"GiB of the worker process that were resident at most {_SO_FAR}, rows mapped from disk included",
+        lambda r: gib(r.peak_bytes),
+    ),
+    RankTag(
+        "memory/rss_gib",
+        "GiB of the worker process that are resident after the step, rows mapped from disk included.",
+        lambda r: gib(r.host_bytes),
+    ),
 )
 OTHER_TAGS = {
     "memory/planned_peak_gib": "GiB on one device that the plan expects at the fullest moment, from the first 32 steps' micro-batches.",
