@@ -32,26 +32,26 @@ STEPS, LR = 18, 1e-3
 SHAPES = [(4, 24, 16), (6, 16, 16), (2, 40, 24)]  # each comes again and again, so that it is captured and replayed
 
 
-def micro_batches(step: int, rank: int, device: torch.device) -> list[MicroBatch]:
-    """Two, with padding and labels that do not count; drawn from (step, rank)."""
+def micro_batches(step: int, rank: int, device: torch.device, count: int = 2) -> list[MicroBatch]:
+    """With padding and labels that do not count; drawn from (step, rank)."""
     drawn = []
-    for number in range(2):
+    for number in range(count):
         place = rank + (step if step <= len(SHAPES) else step + number)  # at first one is met twice in a step; each rank has others
         rows, source, target = SHAPES[place % len(SHAPES)]
         generator = torch.Generator().manual_seed(1000 * step + 10 * rank + number)
         ids, labels = (torch.randint(3, 300, (rows, length), generator=generator) for length in (source, target))
         mask = torch.ones_like(ids)
         mask[0, source // 2 :], labels[0, target // 2 :] = 0, -100
-        index = rank * 2 + number
+        index = rank * count + number
         drawn.append(MicroBatch(index, np.arange(rows), ids.to(device), mask.to(device), labels.to(device), None, Work(), 0))
     return drawn
 
 
-def step_batch(step: int, ranks: list[int], device: torch.device) -> StepBatch:
+def step_batch(step: int, ranks: list[int], device: torch.device, count: int = 2) -> StepBatch:
     """The micro-batches of these ranks, with the label count of all."""
-    everyone = [micro_batches(step, rank, device) for rank in range(dist.get_world_size())]
+    everyone = [micro_batches(step, rank, device, count) for rank in range(dist.get_world_size())]
     counted = sum(int((micro.labels != -100).sum()) for own in everyone for micro in own)
-    return StepBatch(step, 0, 0, counted, 2 * len(everyone), [micro for rank in ranks for micro in everyone[rank]])
+    return StepBatch(step, 0, 0, counted, count * len(everyone), [micro for rank in ranks for micro in everyone[rank]])
 
 
 def train_with_torch(case: dict[str, Any], device: torch.device) -> list[list[float]]:
@@ -106,7 +106,7 @@ def train(case: dict[str, Any], device: torch.device) -> list[list[float]]:
     engine.warm_up(replace(first, labels=torch.full_like(first.labels, -100)), capture=False)
     rows = []
     for step in range(1, STEPS + 1):
-        batch = step_batch(step, [dist.get_rank()], device)
+        batch = step_batch(step, [dist.get_rank()], device, case["micro_batches"])
         replayed = engine.graphs is not None and len(engine.graphs.made) == len(SHAPES)
         with waits_of_the_host(replayed or bool(case.get("waits"))) as waits:
             loss = loop.forward_and_backward(engine, batch, recipe.train.seed)
