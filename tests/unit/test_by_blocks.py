@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,30 +30,33 @@ class Status(enum.Enum):
 
 
 class Block(torch.nn.Module):
-    def __init__(self, in_place: bool):
+    def __init__(self, kind: str):
         super().__init__()
-        self.linear, self.norm, self.in_place = torch.nn.Linear(WIDTH, WIDTH), torch.nn.LayerNorm(WIDTH), in_place
+        self.linear, self.norm, self.kind = torch.nn.Linear(WIDTH, WIDTH), torch.nn.LayerNorm(WIDTH), kind
 
-    def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        change = torch.tanh(self.linear(self.norm(hidden.clone() if self.in_place else hidden) + bias))
-        return (hidden.add_(change) if self.in_place else hidden + change), bias
+    def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> Any:
+        change = torch.tanh(self.linear(self.norm(hidden.clone() if self.kind == "in place" else hidden) + bias))
+        bias = bias + change.mean(0) if self.kind == "two outputs" else bias
+        hidden = hidden.add_(change) if self.kind == "in place" else hidden + change
+        return {"hidden": hidden, "bias": [bias]} if self.kind == "a dictionary" else (hidden, bias)
 
 
 class Model(torch.nn.Module):
-    """Three blocks that hand a bias through; the head is tied to the embedding."""
+    """Three blocks that hand a bias through; the head is tied to the embedding. kind: of the blocks."""
 
-    def __init__(self, in_place: bool = False, calls: int = 1):
+    def __init__(self, kind: str = "", calls: int = 1, used: int = 3):
         super().__init__()
         torch.manual_seed(0)
         self.embedding, self.bias = torch.nn.Embedding(11, WIDTH), torch.nn.Parameter(torch.randn(WIDTH))
-        self.blocks = torch.nn.ModuleList(Block(in_place) for _ in range(3))
-        self.calls = calls
+        self.blocks = torch.nn.ModuleList(Block(kind) for _ in range(3))
+        self.calls, self.used = calls, used
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         hidden, bias = self.embedding(ids) + 0.0, self.bias * 2
-        for block in self.blocks:
+        for block in list(self.blocks)[: self.used]:
             for _ in range(self.calls):
-                hidden, bias = block(hidden, bias)
+                outputs = block(hidden, bias)
+                hidden, bias = (outputs["hidden"], *outputs["bias"]) if isinstance(outputs, dict) else outputs
         return torch.nn.functional.cross_entropy(hidden @ self.embedding.weight.T + bias.sum(), ids, reduction="sum")
 
 
@@ -83,10 +87,10 @@ def sharded(model: Model, groups: int = 1, max_norm: float = 1.0) -> FlatZero3:
         fp32_partitioned_groups_flat=masters,
         grad_partitions_flat_buffer=torch.zeros_like(flat),
         dp_process_group=dist.group.WORLD,
-        parameter_offload=SimpleNamespace(destroy=lambda: None),
-        ipg_buckets={},
-        _grad_acc_hooks=[],
-        _leaf_module_hooks=[],
+        parameter_offload=Mock(),
+        ipg_buckets={flat.dtype: SimpleNamespace(buffer=torch.empty(1000))},
+        _grad_acc_hooks=[Mock()],
+        _leaf_module_hooks=[Mock()],
         _optimizer_step=lambda group: adamw[group].step(),
     )
     return FlatZero3(model, optimizer, max_norm)
@@ -118,6 +122,11 @@ def partitioned(model: Model, groups: int = 1, max_norm: float = 1.0) -> FlatZer
 WAYS = {"zero2": partitioned, "zero3": sharded}
 
 
+def whole(flat: FlatZero3) -> list[bool]:
+    """Of each block, whether its memory is there."""
+    return [unit.flat.untyped_storage().nbytes() > 0 for unit in flat.units]
+
+
 def ids(step: int) -> torch.Tensor:
     return torch.randint(11, (5,), generator=torch.Generator().manual_seed(step))
 
@@ -132,10 +141,10 @@ def train(flat: FlatZero2 | FlatZero3, model: Model, step: int) -> float:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 5])
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", ["", "in place", "two outputs", "a dictionary"])
 @pytest.mark.parametrize("way", WAYS)
-def test_it_trains_as_plain_torch_does(way: str, groups: int, in_place: bool) -> None:
-    model, plain = Model(in_place), Model()
+def test_it_trains_as_plain_torch_does(way: str, groups: int, kind: str) -> None:
+    model, plain = Model(kind), Model(kind if kind == "two outputs" else "")
     flat, adamw = WAYS[way](model, groups), torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
     for step in range(4):
         adamw.zero_grad()
@@ -178,14 +187,38 @@ def test_a_blocks_memory_is_there_only_while_it_runs() -> None:
     model = Model()
     flat = sharded(model)
     held: list[list[bool]] = []
+
+    def look(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        held.append(whole(flat))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: held.append(whole(flat)))
+
     for block in model.blocks:
-        block.linear.register_forward_hook(lambda *_: held.append([unit.flat.untyped_storage().nbytes() > 0 for unit in flat.units]))
+        block.linear.register_forward_hook(look)
     loss = model(ids(0))
     assert held == [[True, True, False], [False, True, True], [False, False, True]], "a block, and the next one on its way"
+    held.clear()
     flat.watched(loss).backward()
-    assert all(unit.flat.untyped_storage().nbytes() == 0 for unit in flat.units)
+    assert held == [[False, True, True], [True, True, False], [True, False, False]], "a block, and the one before it"
+    assert whole(flat) == [False, False, False] and flat.finish_sum is None
     assert all(parameter.numel() == 0 and parameter.grad is None for parameter in model.blocks.parameters())
     assert model.embedding.weight.shape == (11, WIDTH), "what is in no block stays"
+    with torch.no_grad():
+        assert float(model(ids(0))) == float(loss), "an evaluation follows"
+
+
+def test_what_was_gathered_ahead_and_is_not_used_is_let_go_of() -> None:
+    """A last block that is skipped, and a first one that no gradient reaches."""
+    model = Model(used=2)
+    model.blocks[1].register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(), inputs[1]))
+    flat = sharded(model)
+    flat.begin()
+    loss = model(ids(0))
+    assert whole(flat) == [False, False, True]
+    flat.watched(loss)
+    assert whole(flat) == [False, False, False]
+    loss.backward()
+    assert whole(flat) == [False, False, False]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -231,22 +264,48 @@ def test_a_block_that_hands_its_input_through_is_none_of_its_business() -> None:
     assert blocks[1](blocks[0](hidden)) is hidden and not flat.forwards
 
 
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_an_error_left_half_done_is_forgotten(way: str) -> None:
+def test_what_an_error_left_half_done_is_forgotten(way: str, inside: bool) -> None:
+    """In the middle of a backward: when a block's begins, or when half of its gradients are there."""
     model, again = Model(), Model()
     flat, expected = WAYS[way](model), WAYS[way](again)
 
     def breaks(gradient: torch.Tensor) -> None:
         raise RuntimeError("in the middle of backward")
 
-    handle = model.blocks[0].register_forward_hook(lambda module, inputs, outputs: outputs[0].register_hook(breaks) and None)
+    if inside:
+        handle = model.blocks[1].norm.register_forward_hook(lambda module, inputs, output: output.register_hook(breaks) and None)
+    else:
+        handle = model.blocks[0].register_forward_hook(lambda module, inputs, outputs: outputs[0].register_hook(breaks) and None)
     flat.begin()
     loss = flat.watched(flat.called(ids=ids(0)))
     with pytest.raises(RuntimeError, match="in the middle"):
         (loss * 64).backward()
     handle.remove()
     flat.taken = True
+    flat.begin()
+    assert isinstance(flat, FlatZero2) or whole(flat) == [False, False, False]
+    flat.taken = True
     assert train(flat, model, 1) == train(expected, again, 1)
+
+
+def test_under_stage_3_deepspeeds_hooks_and_buckets_are_gone() -> None:
+    optimizer: Any = sharded(Model()).optimizer
+    optimizer.parameter_offload.destroy.assert_called_once()
+    for (hook,) in (optimizer._grad_acc_hooks, optimizer._leaf_module_hooks):
+        hook.remove.assert_called_once()
+    assert [bucket.buffer for bucket in optimizer.ipg_buckets.values()] == [None]
+
+
+def test_a_shard_that_was_moved_is_noticed() -> None:
+    model = Model()
+    flat = sharded(model)
+    flat.check_in_place()
+    for parameter in (model.blocks[1].linear.weight, model.bias):
+        parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
+    with pytest.raises(AssertionError, match="2 shards were moved"):
+        flat.check_in_place()
 
 
 def test_one_parameter_is_read_and_written_whole() -> None:
