@@ -45,7 +45,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     with started(runs, [*SMALL, "--set", "train.profile={start: 2, steps: 1}"]) as process:
         wait_for_steps(folder, process, 1)
         workers = family(process)
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=400)
     return Finished(folder, workers, process.returncode, out, err)
 
 
@@ -84,7 +84,7 @@ def test_other_workers_and_stages_train_the_same(small_run: Finished, tmp_path: 
     folder = RunFolder(tmp_path / "it")
     scaling = f"scaling={{num_workers: {workers}, use_gpu: false, resources_per_worker: {{CPU: 0.5}}}}"
     with started(tmp_path, [*SMALL, "--set", scaling, "--set", f"zero=zero{stage}"]) as process:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
     here, there = folder.read_steps(), small_run.folder.read_steps()
     assert [step["order"] for step in here] == [step["order"] for step in there]
@@ -158,7 +158,7 @@ def test_sigterm_to_the_whole_process_group_ends_the_run_soon(tmp_path: Path) ->
 def test_a_step_that_is_not_finite_stops_the_run_and_leaves_no_model(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "it")
     with started(tmp_path, [*LONG, "--set", "optimizer.lr=1.0e+30", "--set", "optimizer.warmup_steps=0"]) as process:
-        _, err = process.communicate(timeout=200)
+        _, err = process.communicate(timeout=400)
     assert process.returncode == 4
     assert "error: step " in err and "optimizer.lr" in err and "Traceback" not in err
     found = summary(folder)

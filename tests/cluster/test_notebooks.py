@@ -38,7 +38,6 @@ def test_a_path_of_a_machine_is_seen() -> None:
     assert machine_paths(nbformat.v4.new_notebook(cells=[cell])) == {"/home/somebody/runs/it"}
 
 
-@pytest.mark.timeout(600)
 def test_the_quickstart_notebook_trains_watches_and_predicts(tmp_path: Path) -> None:
     notebook = executed("quickstart", tmp_path)
     run = trainkit.open_run(tmp_path / "notebooks/runs/quickstart-1")
@@ -56,7 +55,6 @@ def test_the_quickstart_notebook_trains_watches_and_predicts(tmp_path: Path) -> 
     assert machine_paths(notebook) == set()
 
 
-@pytest.mark.timeout(600)
 def test_the_notebook_on_stages_shows_equal_losses(tmp_path: Path) -> None:
     notebook = executed("which_zero_stage", tmp_path)
     zero0, zero3 = (trainkit.open_run(tmp_path / f"notebooks/runs/tiny-zero{stage}-1") for stage in (0, 3))
@@ -101,7 +99,6 @@ run = trainkit.train(recipe, data=rows, name="it")
 """
 
 
-@pytest.mark.timeout(600)
 def test_a_run_outlives_the_stop_button_ends_with_the_kernel_goes_on_and_is_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], lis
     def run(zero: str) -> list[dict[str, Any]]:
         runs = tmp_path_factory.mktemp(zero)
         with started(runs, [*RUN, "--set", f"zero={zero}"]) as process:
-            _, err = process.communicate(timeout=200)
+            _, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
         return trained(RunFolder(runs / "it"))
 
@@ -78,11 +78,11 @@ def test_killed_workers_change_nothing(undisturbed: Callable[[str], list[dict[st
     folder, told = RunFolder(tmp_path / "it"), 0
     with started(tmp_path, [*RUN, "--set", f"zero={zero}", "--set", "run.max_failures=4"]) as process:
         for steps, kill in ((10, kill_first), (20, kill_last), (30, kill_in_a_save), (40, end_raylet)):
-            waited_for(lambda steps=steps: len(folder.read_steps()) >= steps and len(ranks(family(process))) == 2, seconds=100)
+            waited_for(lambda steps=steps: len(folder.read_steps()) >= steps and len(ranks(family(process))) == 2, seconds=200)
             kill(folder, family(process))
             told += 1
-            waited_for(lambda told=told: len(list(folder.ray.glob("attempt-*"))) > told, seconds=100)
-        out, err = process.communicate(timeout=200)
+            waited_for(lambda told=told: len(list(folder.ray.glob("attempt-*"))) > told, seconds=200)
+        out, err = process.communicate(timeout=400)
         workers = family(process)
     assert process.returncode == 0, out + err
     assert trained(folder) == undisturbed(zero)
@@ -103,7 +103,6 @@ def test_killed_workers_change_nothing(undisturbed: Callable[[str], list[dict[st
         checkpoint.check()
 
 
-@pytest.mark.timeout(600)
 def test_a_hanging_rank_and_a_full_memory_are_named_and_cost_nothing(
     undisturbed: Callable[[str], list[dict[str, Any]]], tmp_path: Path
 ) -> None:
@@ -141,7 +140,7 @@ def test_ctrl_c_saves_and_resume_goes_on_from_the_copy_with_other_workers(
         wait_for_steps(folder, process, 20)
         workers = family(process)
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err and alive(workers) == []
     found = summary(folder)
     assert found["status"] == "interrupted" and found["steps"] == len(folder.read_steps()) >= 20
@@ -152,11 +151,11 @@ def test_ctrl_c_saves_and_resume_goes_on_from_the_copy_with_other_workers(
     assert [path.name for path in sorted((tmp_path / "copies" / "it" / "checkpoints").iterdir())] == kept and len(kept) == 2
     shutil.rmtree(folder.path)
     with started(tmp_path, [*RUN, *zero3, "--resume", "--set", "optimizer.lr=1.0e-5", "--set", "train.seed=1"]) as process:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "optimizer.lr" in err and "train.seed" in err
     other = [*zero3, "--set", "zero=zero1", "--set", "scaling.num_workers=1", "--set", "batch.samples_per_device=16"]
     with started(tmp_path, [*RUN, *other, "--resume"]) as process:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=400)
     assert process.returncode == 0 and f"going on from step {found['steps']}" in out, out + err
     assert f"the checkpoint of step {found['steps']} comes from {copies}/it" in out and summary(folder)["copy"]["step"] == STEPS
     same, steps = undisturbed("zero3"), trained(folder)
@@ -164,6 +163,6 @@ def test_ctrl_c_saves_and_resume_goes_on_from_the_copy_with_other_workers(
     assert steps[: found["steps"]] == same[: found["steps"]]
     assert [step["lr"] for step in steps] == [step["lr"] for step in same]
     with started(tmp_path, [*RUN, *other, "--resume"]) as process:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "is complete after 60 steps" in err
     assert json.loads((folder.path / "summary.json").read_text())["status"] == "completed"
