@@ -32,8 +32,11 @@ STEPS, LR = 18, 1e-3
 SHAPES = [(4, 24, 16), (6, 16, 16), (2, 40, 24)]  # each comes again and again, so that it is captured and replayed
 
 
-def micro_batches(step: int, rank: int, device: torch.device, count: int = 2) -> list[MicroBatch]:
-    """With padding and labels that do not count; drawn from (step, rank)."""
+def micro_batches(step: int, rank: int, device: torch.device, count: int = 2, rows_are: str = "pairs") -> list[MicroBatch]:
+    """With padding and labels that do not count; drawn from (step, rank).
+
+    rows_are: "pairs" of source and target, "texts", or texts that are "packed" in twos.
+    """
     drawn = []
     for number in range(count):
         place = rank + (step if step <= len(SHAPES) else step + number)  # at first one is met twice in a step; each rank has others
@@ -42,15 +45,19 @@ def micro_batches(step: int, rank: int, device: torch.device, count: int = 2) ->
         ids, labels = (torch.randint(3, 300, (rows, length), generator=generator) for length in (source, target))
         mask = torch.ones_like(ids)
         mask[0, source // 2 :], labels[0, target // 2 :] = 0, -100
-        index = rank * count + number
-        drawn.append(MicroBatch(index, np.arange(rows), ids.to(device), mask.to(device), labels.to(device), None, Work(), 0))
+        if rows_are != "pairs":
+            labels = torch.where(mask == 1, ids, -100)
+        drawn.append(MicroBatch(rank * count + number, np.arange(rows), *(t.to(device) for t in (ids, mask, labels)), None, Work(), 0))
+        if rows_are == "packed":
+            place = torch.arange(source, device=device).expand(rows, -1)
+            drawn[-1] = replace(drawn[-1], attention_mask=None, position_ids=place % (source // 2))
     return drawn
 
 
-def step_batch(step: int, ranks: list[int], device: torch.device, count: int = 2) -> StepBatch:
+def step_batch(step: int, ranks: list[int], device: torch.device, count: int = 2, rows_are: str = "pairs") -> StepBatch:
     """The micro-batches of these ranks, with the label count of all."""
-    everyone = [micro_batches(step, rank, device, count) for rank in range(dist.get_world_size())]
-    counted = sum(int((micro.labels != -100).sum()) for own in everyone for micro in own)
+    everyone = [micro_batches(step, rank, device, count, rows_are) for rank in range(dist.get_world_size())]
+    counted = sum(int((micro.labels[:, 0 if rows_are == "pairs" else 1 :] != -100).sum()) for own in everyone for micro in own)
     return StepBatch(step, 0, 0, counted, count * len(everyone), [micro for rank in ranks for micro in everyone[rank]])
 
 
@@ -64,7 +71,7 @@ def train_with_torch(case: dict[str, Any], device: torch.device) -> list[list[fl
     )  # type: ignore[arg-type]
     rows = []
     for step in range(1, STEPS + 1):
-        batch = step_batch(step, [*range(dist.get_world_size())], device)
+        batch = step_batch(step, [*range(dist.get_world_size())], device, rows_are=case["rows_are"])
         optimizer.zero_grad()
         losses = [task.sum_loss(task.logits(model, micro), micro.labels) / batch.label_tokens for micro in batch.micro_batches]
         torch.autograd.backward(losses)
@@ -102,11 +109,11 @@ def train(case: dict[str, Any], device: torch.device) -> list[list[float]]:
     if case.get("waits"):
         model.register_forward_pre_hook(lambda module, inputs: module.shared.weight.sum().item() and None)
     engine = Engine(model, plan, recipe.model.task, device, said.append)
-    first = micro_batches(1, dist.get_rank(), device)[0]
+    first = micro_batches(1, dist.get_rank(), device, rows_are=case["rows_are"])[0]
     engine.warm_up(replace(first, labels=torch.full_like(first.labels, -100)), capture=False)
     rows = []
     for step in range(1, STEPS + 1):
-        batch = step_batch(step, [dist.get_rank()], device, case["micro_batches"])
+        batch = step_batch(step, [dist.get_rank()], device, case["micro_batches"], case["rows_are"])
         replayed = engine.graphs is not None and len(engine.graphs.made) == len(SHAPES)
         with waits_of_the_host(replayed or bool(case.get("waits"))) as waits:
             loss = loop.forward_and_backward(engine, batch, recipe.train.seed)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers import masking_utils
 
 from trainkit.data.padding import IGNORED_LABEL, MicroBatch
 from trainkit.errors import DataError
@@ -33,19 +35,17 @@ def _seq2seq_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 def _masks(model: Any, batch: MicroBatch, decoder_ids: torch.Tensor) -> dict[str, torch.Tensor | None]:
     """Attention masks with four dimensions. Given a mask of [rows, source], transformers checks on the GPU whether it is needed, and waits
-    for the answer; for "eager" it also copies a number from the host to make the decoder's."""
+    for the answer; so it does with the one of the decoder that BART and its kin make, and for "eager" it copies a number from the host."""
     mask, attention = batch.attention_mask, model.config._attn_implementation
     two_dimensional = attention not in ("sdpa", "eager") or not model._supports_sdpa or _has_windows(model.config)
     if mask is None or two_dimensional:  # older models, and those that make several masks of one
         return {"attention_mask": mask}
-    real = mask.bool()[:, None, None, :]
-    if attention == "sdpa":
-        return {"attention_mask": real}
     place = torch.arange(decoder_ids.shape[1], device=mask.device)
-    before = (place[None, :] <= place[:, None])[None, None]
-    lowest = torch.finfo(model.dtype).min
-    added = (torch.where(seen, 0.0, lowest).to(model.dtype) for seen in (real, before))
-    return dict(zip(("attention_mask", "decoder_attention_mask"), added, strict=True))
+    masks = [mask.bool()[:, None, None, :], (place[None, :] <= place[:, None])[None, None]]
+    if attention == "eager":
+        lowest = torch.finfo(model.dtype).min
+        masks = [torch.where(seen, 0.0, lowest).to(model.dtype) for seen in masks]
+    return dict(zip(("attention_mask", "decoder_attention_mask"), masks, strict=True))
 
 
 def _has_windows(config: Any) -> bool:
@@ -60,7 +60,29 @@ def _causal_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     Packed rows keep to themselves: transformers reads the borders from positions that start anew.
     """
     positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-    return model(input_ids=batch.input_ids, use_cache=False, **positions).logits
+    with _borders_known(packed=bool(positions)):
+        return model(input_ids=batch.input_ids, use_cache=False, **positions).logits
+
+
+@contextlib.contextmanager
+def _borders_known(packed: bool) -> Iterator[None]:
+    """Without a mask transformers looks in the positions for packed rows, and waits for the GPU to tell it whether there are any. A GPU
+    that is waited for in each forward runs dry between micro-batches, and no CUDA graph can be made of it. And while one is made, older
+    versions ask nothing and write a mask of all positions, which keeps the fastest kernels away."""
+    known = {"find_packed_sequence_indices": _row_of_each_token if packed else lambda position_ids: None, "is_tracing": lambda *_: False}
+    before = {name: getattr(masking_utils, name) for name in known}
+    for name, function in known.items():
+        setattr(masking_utils, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(masking_utils, name, function)
+
+
+def _row_of_each_token(position_ids: torch.Tensor) -> torch.Tensor:
+    """[sequences, length] in; out, for each token, the number of its row in its sequence, as a row begins where positions do not go on."""
+    return (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
 
 
 def _causal_sum(logits: torch.Tensor, labels: torch.Tensor, kernels: Kernels = IN_CHUNKS) -> torch.Tensor:
