@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from trainkit.cluster.hardware import worker_device
 from trainkit.data.batches import Budget
+from trainkit.data.budget import split_for_padding
 from trainkit.data.distributor import DataDistributor, Feeding
 from trainkit.data.feed import Feed, Source
 from trainkit.data.padding import Padding, moved
@@ -67,6 +68,7 @@ class Rank:
         rows = DataFacts(TokenArrays.open(prepared.train).rows, None)
         hardware = worker_device(recipe.scaling.use_gpu)
         plan = make_plan(recipe, read_zero(recipe.zero, path), model_facts(recipe, prepared.label_names), rows, hardware)
+        plan = split_for_padding(plan, recipe.model.task, prepared.train)
         budget = Budget(tokens=plan.tokens_per_device) if plan.samples_per_device is None else Budget(rows=plan.samples_per_device)
         task, seed, joined = recipe.model.task, recipe.train.seed, joins_shapes(recipe)
         rows_of = {"train": (prepared.train, True, joined)} | ({"eval": (prepared.eval, False, False)} if prepared.eval else {})

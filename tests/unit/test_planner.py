@@ -345,12 +345,12 @@ def test_blocks_are_compiled_on_a_gpu_where_that_was_tried() -> None:
 
 
 def test_a_run_with_graphs_is_compiled_where_that_pays() -> None:
-    """60 rows of 20 + 16 tokens in 880 steps, of T5-large, are 4.3 PFLOP: 29 s at 15 % of an H200's 989 TFLOP/s."""
+    """60 rows of 20 + 16 tokens in 880 steps, of T5-large, take 31 ms a rank by the fit to an H200's times."""
     wish, flops = {"train": {"max_steps": 880}}, TrainingFlops(2_100_000_000, 2_500_000_000, 0, 0, 0)
     plan = replace(plan_of("zero1", gpu(139), **wish), flops=flops, peak_flops=989e12)
     model = {"path": "t5", "task": "seq2seq"}
     short, long = known_from(plan, 60, 20, 16), known_from(replace(plan, total_steps=9000), 60, 20, 16)
-    assert plan.compile_blocks and not short.compile_blocks and "not compiled: about 29" in short.notes[-1]
+    assert plan.compile_blocks and not short.compile_blocks and "not compiled: about 32 s" in short.notes[-1]
     assert long.compile_blocks and long.notes == plan.notes
     assert known_from(plan, 60, 20, 16, model=model | {"compile": "blocks"}).compile_blocks, "who asks for it gets it"
     assert known_from(replace(plan, cuda_graphs=False), 60, 20, 16).compile_blocks, "without graphs it saves launches"

@@ -242,6 +242,10 @@ def test_the_budget_that_the_plan_chose_stays(storage: Path) -> None:
     assert kept_budget(folder, asked(storage, "batch.samples_per_device=7")) is None
     assert kept_budget(folder, asked(storage, "scaling.num_workers=[1, 2]")) is None
     assert kept_budget(begun(asked(storage), budget=None), asked(storage)) is None
+    folder.write_plan({"tokens_per_device": BUDGET, "splits_for_padding": True, "largest_micro_batch_tokens": None})
+    assert kept_budget(folder, asked(storage)) is None, "killed before it knew the rows' lengths"
+    folder.write_plan({"tokens_per_device": BUDGET, "splits_for_padding": True, "largest_micro_batch_tokens": 700})
+    assert kept_budget(folder, asked(storage)) == BUDGET
     (folder.path / "plan.json").unlink()
     assert kept_budget(folder, asked(storage)) is None
 

@@ -205,7 +205,7 @@ class _Run:
                 f"expected at the peak: {format_bytes(known.expected_peak_bytes)} per device; the largest micro-batch of the first steps "
                 f"has {max(shape.cost for shape in shapes):,} padded tokens", "dim",
             )  # fmt: skip
-        for note in known.notes[len(plan.notes) :]:
+        for note in known.notes[len(self.without_data.notes) :]:
             if note not in self.told:
                 self._say(note, "dim")
         self.told |= set(known.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -37,7 +38,17 @@ def worker_device(use_gpu: bool, gpu_memory_bytes: int | None = None) -> Hardwar
     if torch.cuda.device_count() == 0:
         return Hardware("cuda", "GPU", None)
     properties = torch.cuda.get_device_properties(0)
-    return Hardware("cuda", properties.name, properties.total_memory, has_bf16=properties.major >= 8)
+    return Hardware("cuda", properties.name, properties.total_memory, has_bf16=properties.major >= 8, has_nvlink=_has_nvlink())
+
+
+def _has_nvlink() -> bool:
+    """Whether the first GPU here says that it is linked to others."""
+    import pynvml
+
+    with contextlib.suppress(pynvml.NVMLError):  # no driver library here, or a GPU without links
+        pynvml.nvmlInit()
+        return bool(pynvml.nvmlDeviceGetNvLinkState(pynvml.nvmlDeviceGetHandleByIndex(0), 0))
+    return False
 
 
 def local_resources() -> dict[str, float]:

@@ -192,6 +192,7 @@ def _job(asked: Launch, nodes: Sequence[Node], display: Display, settings: dict[
 
     check: called now and then, raises what makes going on useless.
     """
+    from trainkit.data.budget import split_for_padding
     from trainkit.data.distributor import make_distributors
 
     with undivided(settings):
@@ -199,6 +200,8 @@ def _job(asked: Launch, nodes: Sequence[Node], display: Display, settings: dict[
     startup.ended(asked.folder, startup.ROWS)
     build_operators(nodes, asked, display, check)
     check()
+    if len(nodes) == 1 or asked.plan.zero_stage < 2:  # else each micro-batch has to be sent between nodes
+        asked = replace(asked, plan=split_for_padding(asked.plan, asked.recipe.model.task, ready.prepared.train))
     distributors = make_distributors(_feedings(asked, ready.prepared), [node.id for node in nodes])
     shapes = distributors.shapes("train", _first_step(asked), _STEPS_LOOKED_AT)
     asked = replace(asked, plan=asked.data_known(asked.plan, shapes, _STEPS_LOOKED_AT))

@@ -70,7 +70,8 @@ def kept_budget(folder: RunFolder, recipe: Recipe) -> int | None:
     if getattr(before, asked) != getattr(recipe.batch, asked) or not isinstance(recipe.scaling.num_workers, int):
         return None
     plan = folder.read_plan() if (folder.path / "plan.json").is_file() else {}  # a run may be killed before its plan is written
-    return plan.get(asked)
+    unsettled = plan.get("splits_for_padding") and plan.get("largest_micro_batch_tokens") is None  # or before it knew the rows' lengths
+    return None if unsettled else plan.get(asked)
 
 
 def check_unfinished(folder: RunFolder, total_steps: int) -> None:

@@ -101,11 +101,13 @@ class Catalogues(Protocol):
         """The one for steps of `samples` in k micro-batches."""
 
 
-def compose(source: np.ndarray, target: np.ndarray, world_size: int, budget: Budget, catalogues: Catalogues | None = None) -> list[Part]:
+def compose(
+    source: np.ndarray, target: np.ndarray, world_size: int, budget: Budget, catalogues: Catalogues | None = None, at_least: int = 1
+) -> list[Part]:
     """Cut a step into k micro-batches.
 
     source, target: lengths in tokens, one per sample of the step; target is all 0 where a row is one sequence. A budget of tokens needs
-    catalogues that hold the longest of them; a budget of rows cuts evenly in order of length.
+    catalogues that hold the longest of them, and is cut into `at_least` parts; a budget of rows cuts evenly in order of length.
     Returns k parts, most expensive first; some hold no samples when there are fewer samples than k.
     A sample longer than a token budget stands alone, padded to nothing.
     """
@@ -113,7 +115,7 @@ def compose(source: np.ndarray, target: np.ndarray, world_size: int, budget: Bud
         return _by_rows(round_up(source), round_up(target), multiple(-(-len(source) // budget.limit), world_size))
     assert catalogues is not None
     first = LinedUp.of(source, target, budget, catalogues.first)
-    k = multiple(first.fewest, world_size)
+    k = multiple(max(at_least, first.fewest), world_size)
     catalogue = catalogues(len(source), k)
     of_k = first if catalogue is first.catalogue else LinedUp.of(source, target, budget, catalogue)
     if of_k.fewest > k:

@@ -74,3 +74,4 @@ class Hardware:
     name: str  # "NVIDIA H200", "CPU"
     memory_bytes: int | None
     has_bf16: bool = True  # in its matrix units: NVIDIA's have from compute capability 8.0 on
+    has_nvlink: bool = False  # to the others of its machine

@@ -61,6 +61,8 @@ class Plan:
     device_name: str = "CPU"
     device_memory: int | None = None
     fits: tuple[Fit, ...] = ()  # of the shipped configurations, where the device's memory is known
+    splits_for_padding: bool = False  # into smaller micro-batches than fit, once the rows' lengths are known
+    num_layers: int = 0  # encoder plus decoder; 0: the model is not known
     activation_bytes_per_token: int | None = None  # at most, per padded token of a micro-batch; None: the model is not known
     expected_activation_bytes: int | None = None  # on the device, at most, in the first steps, once their micro-batches are known
     expected_peak_bytes: int | None = None  # with the model states

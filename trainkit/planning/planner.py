@@ -21,7 +21,13 @@ from trainkit.planning.memory import (
     model_state_bytes,
 )
 from trainkit.planning.plan import Fit, Plan
-from trainkit.planning.speed import compiles_blocks, decides_on_host, what_keeps_deepspeeds_step, what_keeps_graphs_away
+from trainkit.planning.speed import (
+    compiles_blocks,
+    decides_on_host,
+    splits_for_padding,
+    what_keeps_deepspeeds_step,
+    what_keeps_graphs_away,
+)
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import SHIPPED, ZeroConfig, read_zero
 from trainkit.units import format_bytes
@@ -104,6 +110,8 @@ def make_plan(
         device_name=hardware.name,
         device_memory=hardware.memory_bytes,
         fits=fits,
+        splits_for_padding=most is None and splits_for_padding(recipe, zero, model, world_size, hardware),
+        num_layers=0 if model is None else model.num_layers,
         activation_bytes_per_token=None if model is None else _bytes_per_token(recipe, model),
         flops=None if model is None else training_flops(model),
         peak_flops=peak_flops(hardware.name, recipe.model.precision),
