@@ -35,7 +35,7 @@ SHAPES = [(4, 24, 16), (6, 16, 16), (2, 40, 24)]  # each comes again and again, 
 def micro_batches(step: int, rank: int, device: torch.device, count: int = 2, rows_are: str = "pairs") -> list[MicroBatch]:
     """With padding and labels that do not count; drawn from (step, rank).
 
-    rows_are: "pairs" of source and target, "texts", or texts that are "packed" in twos.
+    rows_are: "pairs" of source and target, "texts", texts that are "packed" in twos, or texts of two "classes".
     """
     drawn = []
     for number in range(count):
@@ -45,7 +45,9 @@ def micro_batches(step: int, rank: int, device: torch.device, count: int = 2, ro
         ids, labels = (torch.randint(3, 300, (rows, length), generator=generator) for length in (source, target))
         mask = torch.ones_like(ids)
         mask[0, source // 2 :], labels[0, target // 2 :] = 0, -100
-        if rows_are != "pairs":
+        if rows_are == "classes":
+            labels = labels[:, -1] % 2
+        elif rows_are != "pairs":
             labels = torch.where(mask == 1, ids, -100)
         drawn.append(MicroBatch(rank * count + number, np.arange(rows), *(t.to(device) for t in (ids, mask, labels)), None, Work(), 0))
         if rows_are == "packed":
@@ -57,7 +59,8 @@ def micro_batches(step: int, rank: int, device: torch.device, count: int = 2, ro
 def step_batch(step: int, ranks: list[int], device: torch.device, count: int = 2, rows_are: str = "pairs") -> StepBatch:
     """The micro-batches of these ranks, with the label count of all."""
     everyone = [micro_batches(step, rank, device, count, rows_are) for rank in range(dist.get_world_size())]
-    counted = sum(int((micro.labels[:, 0 if rows_are == "pairs" else 1 :] != -100).sum()) for own in everyone for micro in own)
+    first = 1 if rows_are in ("texts", "packed") else 0  # label that is learned in a row
+    counted = sum(int((micro.labels[..., first:] != -100).sum()) for own in everyone for micro in own)
     return StepBatch(step, 0, 0, counted, count * len(everyone), [micro for rank in ranks for micro in everyone[rank]])
 
 

@@ -45,8 +45,8 @@ def uncompiled(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """With graphs, and of a model that cannot be captured."""
     cases = [(stage, way, dropout) for dropout in ("exact", "dropout") for stage in STAGES for way in ("plain", "graphs")]
     cases += [("zero1", "waits", "exact"), ("zero3", "waits", "exact")]
-    cases += [(stage, way, rows) for rows in ("texts", "packed") for stage in STAGES for way in ("plain", "graphs")]
-    cases += [("no", "torch", model) for model in ("exact", "texts", "packed")]
+    cases += [(stage, way, rows) for rows in ("texts", "packed", "classes") for stage in STAGES for way in ("plain", "graphs")]
+    cases += [("no", "torch", model) for model in ("exact", "texts", "packed", "classes")]
     return trained(tmp_path_factory.mktemp("uncompiled"), cases)
 
 
@@ -88,15 +88,16 @@ def trained(folder: Path, cases: list[tuple[str, str, str]]) -> Results:
         "dropout": transformers.T5Config(**t5, dropout_rate=0.1),
         "texts": transformers.LlamaConfig(**llama),
         "packed": transformers.LlamaConfig(**llama),
+        "classes": transformers.BertConfig(**llama, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     }
     for model, config in configs.items():
         config.save_pretrained(folder / model)
-        recipe, pairs = folder / f"{model}.yaml", isinstance(config, transformers.T5Config)
-        lengths = "max_source_length: 64, max_target_length: 64" if pairs else f"max_length: 64, packing: {str(model == 'packed').lower()}"
-        task = "seq2seq" if pairs else "causal"
+        recipe, task = folder / f"{model}.yaml", {"t5": "seq2seq", "llama": "causal", "bert": "classification"}[config.model_type]
+        lengths = "max_source_length: 64, max_target_length: 64" if task == "seq2seq" else "max_length: 64"
+        lengths += ", packing: true" if model == "packed" else ""
         recipe.write_text(RECIPE.format(model=folder / model, workers=workers, task=task, lengths=lengths))
         weights = write_first_weights(read_recipe(recipe), folder / f"{model}.safetensors")
-        rows_are = "pairs" if pairs else model
+        rows_are = "pairs" if task == "seq2seq" else model
         models[model] = {"recipe": str(recipe), "first_weights": str(weights), "rows_are": rows_are}
     asked = [
         {
@@ -119,7 +120,7 @@ def apart(results: Results, one: str, other: str) -> float:
     return float(np.abs(results[one] / results[other] - 1).max())
 
 
-@pytest.mark.parametrize("model", ["exact", "texts", "packed"])
+@pytest.mark.parametrize("model", ["exact", "texts", "packed", "classes"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_trains_as_torch_alone_with_graphs_and_without(uncompiled: Results, stage: str, model: str) -> None:
     assert apart(uncompiled, f"{stage} plain {model}", f"no torch {model}") <= 1e-5

@@ -20,6 +20,7 @@ from trainkit.data.padding import MicroBatch, Padding
 from trainkit.data.wire import WireMicroBatch
 from trainkit.errors import DataError
 from trainkit.planning.flops import Work
+from trainkit.planning.speed import CLASSIFYING_DECODERS, CLASSIFYING_ENCODERS
 from trainkit.recipe.schema import Recipe
 from trainkit.training.model import build_model, load_config, model_facts, write_first_weights
 from trainkit.training.tasks import TASKS, check_packing
@@ -223,6 +224,31 @@ def test_padding_at_the_right_needs_no_mask(kind: str) -> None:
             ours = TASKS["causal"].logits(model, batch)
     assert torch.allclose(ours[mask == 1], theirs[mask == 1], atol=1e-5)
     assert not reads.seen and (theirs_reads.seen or kind in MASKED_ANYWAY)
+
+
+@pytest.mark.parametrize("kind", [*CLASSIFYING_ENCODERS, *CLASSIFYING_DECODERS, "mpnet", "modernbert", "gpt2"])
+def test_classes_are_those_of_transformers_own_mask(kind: str) -> None:
+    """No read of the host in those that are known; the others get the mask that they know."""
+    shape = BERT | {"num_attention_heads": 2, "max_position_embeddings": 40, "pad_token_id": 0, "num_labels": 3}
+    names: dict[str, dict[str, Any]] = {
+        "albert": {"embedding_size": 16},
+        "distilbert": {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
+        "electra": {"embedding_size": 16},
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    }
+    decoder = {"num_key_value_heads": 2, "head_dim": 8} if kind in CLASSIFYING_DECODERS else {}
+    config = transformers.AutoConfig.for_model(kind, **shape | names.get(kind, {}) | decoder)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    ids, mask = torch.randint(3, 64, (3, 24)), torch.ones(3, 24, dtype=torch.long)
+    mask[1, 7:], mask[2, 2:] = 0, 0
+    batch = MicroBatch(0, np.arange(3), ids.masked_fill(mask == 0, 0), mask, torch.arange(3), None, Work(), 0)
+    with torch.no_grad():
+        theirs = model(input_ids=batch.input_ids, attention_mask=mask).logits
+        with HostReads() as reads:
+            ours = TASKS["classification"].logits(model, batch)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert bool(reads.seen) == (kind in ("mpnet", "modernbert", "gpt2"))
 
 
 def packed(first: list[int], second: list[int]) -> MicroBatch:

@@ -408,6 +408,12 @@ def test_cuda_graphs_are_made_where_they_can_be_and_memory_allows() -> None:
     assert asked.cuda_graphs and "both may not fit" in asked.notes[-1], "who asks for them gets them, and is told"
 
 
+def test_models_whose_masks_are_ready_are_captured_when_they_classify() -> None:
+    bert = replace(t5_large(), model_type="bert")
+    gpus, wish = {"num_workers": 2, "use_gpu": True}, {"path": "bert", "task": "classification"}
+    assert plan_of("zero1", gpu(139), bert, scaling=gpus, model=wish).cuda_graphs
+
+
 def test_who_saves_memory_that_is_there_is_told() -> None:
     told = {zero: any("zero1 leaves half" in note for note in plan_of(zero, gpu(139)).notes) for zero in SHIPPED}
     assert told == {"zero0": False, "zero1": False, "zero2": False, "zero3": True, "zero2_offload": True, "zero3_offload": True}
@@ -435,7 +441,7 @@ def test_where_states_fit_without_graphs_alone_there_are_none() -> None:
         ({"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"}, 139, {}, "communication_data_type"),
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "check_grad_overflow": True}}, 139, {}, "check_grad_overflow"),
         ("zero1", 139, {"precision": "fp16", "path": "llama"}, "fp16"),
-        ("zero1", 139, {"task": "classification", "path": "llama"}, "classification model's masks"),
+        ("zero1", 139, {"task": "classification", "path": "modernbert"}, "classification model's masks"),
         ("zero1", 139, {"path": "mixtral"}, "experts or LayerDrop decides on the host"),
     ],
 )
@@ -453,7 +459,7 @@ def test_what_cannot_be_captured_is_refused_with_its_reason(zero: Any, gib: floa
     ("zero", "model", "flat"),
     [
         ("zero3", {"gradient_checkpointing": True}, True),
-        ("zero1", {"task": "classification"}, True),
+        ("zero1", {"task": "classification", "path": "modernbert"}, True),
         ("zero0", {"gradient_checkpointing": True}, True),
         ("zero3", {"path": "mixtral"}, False),
         ("zero2", {"cuda_graphs": False}, False),

@@ -14,6 +14,8 @@ UNUSED_WHEN_FLAT = (  # sizes and ways of what DeepSpeed's hooks would do; those
     *("overlap_comm", "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce"),
     *("ignore_unused_parameters", "prescale_gradients", "gradient_predivide_factor"),
 )
+CLASSIFYING_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert")  # with no windows in attention
+CLASSIFYING_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 # Forward and backward of a micro-batch in torch's own kernels in bf16, fitted to six models on an H200 (T5 of 60 M to 2.9 B parameters,
 # Llamas of 136 M and 1.1 B) and 256 to 49,152 tokens: within a fifth of what was measured, save for T5-3B (LOG.md).
 LAYER_SECONDS = 0.37e-3  # of one layer, however few tokens there are: its kernels begin one after the other
@@ -51,9 +53,10 @@ def what_keeps_deepspeeds_step(recipe: Recipe, zero: ZeroConfig, ds_config: dict
 
 def what_keeps_graphs_away(recipe: Recipe, model: ModelFacts | None) -> str | None:
     """Why there are no CUDA graphs of forward and backward, where DeepSpeed's step is none of the reasons."""
+    ready_masks = recipe.model.task != "classification" or model is None or model.model_type in CLASSIFYING_ENCODERS + CLASSIFYING_DECODERS
     reasons = {
         "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing is True,
-        "transformers waits for the GPU to make a classification model's masks": recipe.model.task == "classification",
+        "transformers waits for the GPU to make this classification model's masks": not ready_masks,
         "a model with experts or LayerDrop decides on the host what runs": decides_on_host(model),
         "train.deterministic is true, and nobody asked for them": recipe.train.deterministic and recipe.model.cuda_graphs is None,
     }
@@ -99,4 +102,4 @@ def joins_shapes(recipe: Recipe) -> bool:
     """
     if recipe.batch.joint_shapes is not None:
         return recipe.batch.joint_shapes
-    return recipe.scaling.use_gpu and recipe.model.task != "classification" and recipe.model.precision != "fp16"
+    return recipe.scaling.use_gpu and recipe.model.precision != "fp16"

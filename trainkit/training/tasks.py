@@ -14,6 +14,7 @@ from transformers import masking_utils
 
 from trainkit.data.padding import IGNORED_LABEL, MicroBatch
 from trainkit.errors import DataError
+from trainkit.planning.speed import CLASSIFYING_DECODERS, CLASSIFYING_ENCODERS
 from trainkit.training.loss import IN_CHUNKS, Kernels, cross_entropy_sum
 
 
@@ -91,8 +92,15 @@ def _causal_sum(logits: torch.Tensor, labels: torch.Tensor, kernels: Kernels = I
 
 
 def _class_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """The masks of models that are known are ready, so that transformers waits for no GPU to look at them."""
+    config, mask = base_model(model).config, batch.attention_mask
     types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **types).logits
+    if config.model_type in CLASSIFYING_DECODERS:  # whose rows end where the class is read off
+        with _borders_known(packed=False):
+            return model(input_ids=batch.input_ids, use_cache=False).logits
+    if config.model_type in CLASSIFYING_ENCODERS and config._attn_implementation == "sdpa" and mask is not None:
+        mask = mask.bool()[:, None, None, :]
+    return model(input_ids=batch.input_ids, attention_mask=mask, **types).logits
 
 
 TASKS = {
