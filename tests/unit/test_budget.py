@@ -91,6 +91,7 @@ def test_a_plan_with_short_and_long_rows_is_split_and_says_so(rows: str) -> None
     plan = planned()
     split = split_for_padding(plan, "seq2seq", rows)
     assert plan.tokens_per_device is not None and split.tokens_per_device is not None
+    assert "fewer if the rows' lengths say" in " ".join(repr(plan).split())
     assert split.tokens_per_device < plan.tokens_per_device / 2 and split.accumulation > plan.accumulation
     assert split.micro_batches_per_step == split.accumulation * split.world_size
     assert f"tokens_per_device: {split.tokens_per_device:,}" in split.notes[-1] and "less of them is padding" in repr(split)

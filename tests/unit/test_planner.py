@@ -59,7 +59,7 @@ def test_the_reference_experiment() -> None:
     plan = plan_of("zero3", gpu(139))
     assert (plan.world_size, plan.micro_batches_per_step, plan.accumulation, plan.tokens_per_device) == (3, 3, 1, 32 * 192)
     assert (plan.steps_per_epoch, plan.total_steps, plan.last_step_samples, plan.epochs) == (587, 1761, 88, 3.0)
-    assert batch_equation(plan) == "96 samples a step = 3 workers × 1 micro-batch × at most 32 rows"
+    assert batch_equation(plan) == "96 samples a step = 3 workers × 1 micro-batch × about 32 rows"
     assert step_equation(plan) == "1,761 steps = 3 epochs × 587 steps; the last step of an epoch has 88 samples"
 
 

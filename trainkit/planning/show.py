@@ -37,12 +37,13 @@ def fits_table(recipe: Recipe, model: ModelFacts | None, hardware: Hardware) -> 
 
 
 def batch_equation(plan: Plan) -> str:
-    """96 samples a step = 3 workers × 1 micro-batch × at most 32 rows"""
+    """96 samples a step = 3 workers × 1 micro-batch × about 32 rows; a budget of tokens cuts by their lengths, not by their number."""
     workers, samples = _count(plan.world_size, "worker"), _count(plan.samples_per_step, "sample")
     if not plan.micro_batches_per_step:
         return f"{samples} a step = {workers} × {UNKNOWN}"
     rows = -(-plan.samples_per_step // plan.micro_batches_per_step)
-    return f"{samples} a step = {workers} × {_count(plan.accumulation, 'micro-batch', 'es')} × at most {_count(rows, 'row')}"
+    bound = "about" if plan.samples_per_device is None else "at most"
+    return f"{samples} a step = {workers} × {_count(plan.accumulation, 'micro-batch', 'es')} × {bound} {_count(rows, 'row')}"
 
 
 def step_equation(plan: Plan) -> str:
@@ -80,7 +81,8 @@ def _facts(plan: Plan) -> Table:
 def _budget(plan: Plan) -> str:
     if plan.samples_per_device is not None:
         return f"{_count(plan.samples_per_device, 'row')} in a micro-batch at most"
-    return f"{_number(plan.tokens_per_device)} tokens in a micro-batch at most, padding included"
+    less = "; fewer if the rows' lengths say that this is faster" if plan.splits_for_padding and not plan.largest_micro_batch_tokens else ""
+    return f"{_number(plan.tokens_per_device)} tokens in a micro-batch at most, padding included{less}"
 
 
 def _optimizer(plan: Plan) -> str:
