@@ -71,14 +71,19 @@ def test_what_fits_is_where_the_split_begins() -> None:
     assert again is None or again.saves < 0.08, "the budget that it names is about the best"
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> str:
+def write_skewed(folder: Path) -> str:
+    """1,500 tokenized pairs of such lengths; returns the folder."""
     source, target = skewed(1500, 9, targets=True)
-    with Writer(tmp_path / "rows") as writer:
+    with Writer(folder) as writer:
         columns = {name: ragged([[5] * length for length in lengths]) for name, lengths in (("input_ids", source), ("labels", target))}
         writer.append(columns, target)
         writer.finish(truncated={})
-    return str(tmp_path / "rows")
+    return str(folder)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    return write_skewed(tmp_path / "rows")
 
 
 def planned(zero: str = "zero1", workers: int = 1, link: bool = False, **batch: object) -> Plan:

@@ -13,20 +13,25 @@ from unittest.mock import MagicMock
 
 import pytest
 from rich.console import Console
+from test_budget import FLOPS, write_skewed
 from test_memory import recipe_of, t5_large
 
 from trainkit.cluster.capacity import Node
 from trainkit.cluster.decision import Decision
 from trainkit.cluster.driver import _Run
 from trainkit.cluster.job import Job, hand_over, train_loop
-from trainkit.cluster.launch import _feedings
+from trainkit.cluster.launch import Launch, Ready, _feedings, _job
+from trainkit.cluster.resume import kept_budget
 from trainkit.data.batches import Shape
-from trainkit.data.distributor import Distributors
+from trainkit.data.distributor import DataDistributor, Distributors
 from trainkit.data.tokens import Prepared
 from trainkit.errors import CaptureError, OutOfMemory, TrainkitError
 from trainkit.planning.facts import DataFacts, Hardware
 from trainkit.planning.planner import make_plan
+from trainkit.planning.revision import halved
+from trainkit.recipe.reader import recipe_to_yaml
 from trainkit.recipe.zero import read_zero
+from trainkit.runs import startup
 from trainkit.runs.folder import RunFolder
 from trainkit.units import GIB
 
@@ -104,7 +109,7 @@ def test_workers_that_are_started_early_wait_for_their_job(tmp_path: Path, monke
     [
         ({}, True),
         ({"scaling": {"num_workers": 2, "use_gpu": False}}, False),
-        ({"model": {"path": "t5", "task": "classification"}}, False),
+        ({"model": {"path": "t5", "task": "classification"}}, True),
         ({"model": {"path": "llama", "task": "causal", "precision": "fp16"}}, False),
         ({"batch": {"samples": 96, "joint_shapes": False}}, False),
         ({"batch": {"samples": 96, "joint_shapes": True}, "scaling": {"num_workers": 2, "use_gpu": False}}, True),
@@ -116,6 +121,35 @@ def test_rows_to_train_on_are_padded_to_joint_shapes_where_graphs_may_be_made(se
     plan = make_plan(recipe, read_zero("zero3"), None, DataFacts(100, 50), Hardware("cuda", "GPU", None))
     asked: Any = SimpleNamespace(plan=plan, recipe=recipe)
     assert {split: feeding.joined for split, feeding in _feedings(asked, PREPARED).items()} == {"train": joined, "eval": False}
+
+
+@pytest.mark.parametrize(("zero", "nodes", "splits"), [("zero1", 1, True), ("zero1", 2, True), ("zero3", 1, True), ("zero3", 2, False)])
+def test_micro_batches_are_split_once_the_rows_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero: str, nodes: int, splits: bool
+) -> None:
+    """The budget that the workers are fed by is the plan's, in plan.json too; a run that goes on keeps it, one without memory halves it."""
+    run, hardware = run_of(tmp_path), Hardware("cuda", "NVIDIA H200", 600 * GIB, has_nvlink=True)
+    recipe = run.recipe.model_copy(update={"batch": run.recipe.batch.model_copy(update={"samples": 512})})
+    facts = read_zero(zero), t5_large(), DataFacts(1500, None), hardware
+    decision = Decision(recipe, replace(make_plan(recipe, *facts), flops=FLOPS), facts)
+    run.decision, run.recipe, run.plan, run.without_data = decision, recipe, decision.plan, decision.plan
+    fed: list[DataDistributor] = []
+    monkeypatch.setattr("trainkit.data.distributor.make_distributors", lambda feedings, _: fed.append(DataDistributor(feedings)) or fed[-1])
+    monkeypatch.setattr("trainkit.cluster.launch.build_operators", lambda *_: None)
+    startup.begin(run.folder, 0.0)
+    prepared = Prepared(train=write_skewed(tmp_path / "rows"), eval=None, label_names=None)
+    asked = Launch(
+        recipe, run.plan, run._plan_on, run._data_known, run.folder, lambda check: Ready(prepared, None), None, False, run.preparation.say
+    )
+    asked, job = _job(asked, [NODE] * nodes, MagicMock(), MagicMock(), lambda: None)
+    tokens = job.plan.tokens_per_device
+    assert tokens is not None and decision.plan.tokens_per_device is not None and job.plan == asked.plan == run.plan
+    assert (tokens < decision.plan.tokens_per_device / 2) == splits == (f"tokens_per_device: {tokens:,}" in " ".join(told(run).split()))
+    assert fed[0].feedings["train"].budget.tokens == run.folder.read_plan()["tokens_per_device"] == tokens
+    assert job.plan.largest_micro_batch_tokens is not None and job.plan.largest_micro_batch_tokens <= tokens
+    run.folder.write_recipe(recipe_to_yaml(recipe))
+    assert kept_budget(run.folder, recipe) == tokens and (halved(run.plan) or 0) <= tokens / 2
+    assert decision.with_workers(2, halved(run.plan)).plan.splits_for_padding is False
 
 
 def test_a_note_is_said_once_whatever_restarts(tmp_path: Path) -> None:
