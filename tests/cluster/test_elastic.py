@@ -58,8 +58,8 @@ def test_a_node_that_goes_away_leaves_its_work_to_the_others(tmp_path: Path) -> 
         (noticed,) = waited_for(lambda: checkpoints.complete(folder.path), seconds=30)
         kill()
         gone = time.monotonic()
-        waited_for(lambda: len(list(folder.ray.glob("attempt-*"))) == 2, seconds=60)
-        waited_for(lambda: len(folder.read_steps()) > noticed.step, seconds=60)
+        waited_for(lambda: len(list(folder.ray.glob("attempt-*"))) == 2, seconds=200)
+        waited_for(lambda: len(folder.read_steps()) > noticed.step, seconds=200)
         went_on = time.monotonic() - gone
         out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err

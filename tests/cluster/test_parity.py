@@ -96,6 +96,7 @@ def train_all(folder: Path, world_size: int, cases: list[dict[str, Any]]) -> Res
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     from trainkit.recipe.reader import read_recipe
+    from trainkit.recipe.zero import read_zero
     from trainkit.training.model import build_model, write_first_weights
 
     folder = tmp_path_factory.mktemp("parity")
@@ -154,6 +155,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Table:
     one += [case(f"{stage} apart bf16 alone", f"zero={stage}", rows(6), "model.precision=bf16", apart=True) for stage in FLAT]
     one += [case("plain unclipped", "optimizer.max_grad_norm=0", plain=True)]
     two += [case(f"{stage} apart bf16", f"zero={stage}", rows(6), "model.precision=bf16", apart=True, export=True) for stage in FLAT]
+    overlap = {"zero_optimization": read_zero("zero1").json["zero_optimization"] | {"overlap_comm": True}}
+    (folder / "overlap.json").write_text(json.dumps(overlap))
+    two += [case("zero1 apart overlap", f"zero={folder / 'overlap.json'}", rows(6), "model.precision=bf16", apart=True)]
     two += [
         case(f"{stage} lora apart", f"zero={stage}", rows(6), lora, task="causal", first_weights=str(lora_weights), apart=True, joint=True)
         for stage in FLAT
@@ -259,6 +263,11 @@ def test_stages_on_flat_tensors_train_the_same_bits(results: Table, stage: str) 
     assert np.array_equal(results[f"{stage} apart bf16"], results["zero1 apart bf16"])
     assert np.array_equal(results[f"{stage} apart bf16 alone"][:3, 1], results["zero1 apart bf16"][:3, 1])
     assert np.array_equal(results[f"{stage} apart unclipped"], results["zero1 apart unclipped"])
+
+
+def test_deepspeeds_hooks_for_overlap_stand_aside(results: Table) -> None:
+    """Under stage 1 they are on the parameters, whose gradients lie elsewhere."""
+    assert np.array_equal(results["zero1 apart overlap"], results["zero1 apart bf16"])
 
 
 def test_adapters_train_in_the_same_precision_under_every_stage(results: Table) -> None:

@@ -106,6 +106,7 @@ def trained(folder: Path, cases: list[tuple[str, str, str]]) -> Results:
             "torch": way == "torch",
             "waits": way == "waits",
             "micro_batches": 1 if way == "bf16" else 2,
+            "captured": way == "bf16",
             "own_kernels": 2 * (way == "own kernels"),
             **models[model],
         }

@@ -15,7 +15,7 @@ from trainkit.units import format_bytes
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 CASES = {
     **{stage: (stage, "t5", "bf16") for stage in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")},
-    **{f"{stage} graphs": (stage, "t5", "bf16") for stage in ("zero1", "zero2", "zero3")},
+    **{f"{stage} graphs": (stage, "t5", "bf16") for stage in ("zero0", "zero1", "zero2", "zero3")},
     "zero2 fp32": ("zero2", "t5", "fp32"),
     "zero1 fp16": ("zero1", "llama", "fp16"),
     "zero3 fp16": ("zero3", "llama", "fp16"),
@@ -74,9 +74,13 @@ def test_the_peak_of_a_tiny_step_is_what_the_plan_says(measured: dict[str, dict[
     assert measured[name]["peak"] == pytest.approx(measured[name]["device_total"], rel=near)
 
 
-def test_building_takes_for_a_moment_what_the_plan_says(measured: dict[str, dict[str, Any]]) -> None:
-    numbers = measured["zero2_offload"]
-    assert numbers["ready"] == pytest.approx(numbers["device_at_start"], rel=0.05) and numbers["ready"] > numbers["peak"]
+@pytest.mark.parametrize("name", CASES)
+def test_building_takes_no_more_than_the_plan_says(measured: dict[str, dict[str, Any]], name: str) -> None:
+    """In a step, or for a moment before the first."""
+    numbers = measured[name]
+    assert numbers["ready"] <= 1.05 * max(numbers["device_total"], numbers["device_at_start"])
+    if name == "zero2_offload":
+        assert numbers["ready"] == pytest.approx(numbers["device_at_start"], rel=0.05) and numbers["ready"] > numbers["peak"]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("zero3")])

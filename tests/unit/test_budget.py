@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_memory import t5_large
 from test_planner import gpu, plan_of
 
 from trainkit.data.arrays import Writer, ragged
@@ -17,11 +18,11 @@ from trainkit.data.batches import Budget, Part, Shape, compose, deal
 from trainkit.data.budget import least_time, split_for_padding
 from trainkit.data.catalogue import Catalogues
 from trainkit.data.order import samples_of_step
-from trainkit.planning.flops import TrainingFlops
+from trainkit.planning.facts import Matrices
 from trainkit.planning.plan import Plan
 from trainkit.planning.speed import micro_batch_seconds
 
-FLOPS = TrainingFlops(2_113_929_216, 2_311_323_648, 294_912, 294_912, 294_912)  # T5-large's
+COUNTED = replace(t5_large(), matrices=Matrices(352_321_536, 385_220_608, 352_321_536, 385_220_608, 24, 1024))
 
 
 def skewed(rows: int, seed: int, targets: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -43,14 +44,15 @@ def test_a_split_takes_less_time_than_the_largest_micro_batches(seed: int, sampl
     split = least_time(source, target, samples, workers, most, lambda shape: fixed + shape.cost)
     if split is None:
         return
-    taken = {}
+    taken, usual = {}, {}
     for budget in (Budget(tokens=most), Budget(tokens=split.tokens)):
         catalogues = Catalogues(source, target, samples, budget)
-        ids = [samples_of_step(0, len(source), samples, step) for step in range(1, 17)]
+        ids = [samples_of_step(1, len(source), samples, step) for step in range(1, 17)]  # not the steps that it looked at
         cuts = [compose(source[own], target[own], workers, budget, catalogues) for own in ids]
         taken[budget.tokens] = fmean(slowest(cut, workers, fixed) for cut in cuts)
-        assert min(map(len, cuts)) <= split.micro_batches * workers or budget.tokens == split.tokens
-    assert split.tokens < most and taken[split.tokens] == pytest.approx((1 - split.saves) * taken[most]) and split.saves > 0.02
+        usual[budget.tokens] = sorted(map(len, cuts))[8]
+    assert split.tokens < most and 0.02 < split.saves < 1 and usual[most] < usual[split.tokens]
+    assert taken[split.tokens] <= (1.08 - split.saves) * taken[most]
 
 
 def test_no_split_where_nothing_is_saved() -> None:
@@ -61,6 +63,14 @@ def test_no_split_where_nothing_is_saved() -> None:
         "each micro-batch costs more than any padding"
     )
     assert least_time(source, target, 64, 64, 10**6, lambda shape: float(shape.cost)) is None, "a row for each worker"
+
+
+def test_a_few_samples_of_few_workers_are_not_split_for_rows_that_are_rare() -> None:
+    """A budget below the longest rows that leaves the number of micro-batches as it is would save nothing."""
+    source, target = skewed(1500, 4, targets=False)
+    source[::150] = 600
+    split = least_time(source, target, 5, 2, 10**6, lambda shape: float(shape.cost))
+    assert split is None or split.micro_batches > 1
 
 
 def test_what_fits_is_where_the_split_begins() -> None:
@@ -88,8 +98,7 @@ def rows(tmp_path: Path) -> str:
 
 def planned(zero: str = "zero1", workers: int = 1, link: bool = False, **batch: object) -> Plan:
     hardware = replace(gpu(600), has_nvlink=link)
-    plan = plan_of(zero, hardware, scaling={"num_workers": workers, "use_gpu": True}, batch={"samples": 512} | batch)
-    return replace(plan, flops=FLOPS)
+    return plan_of(zero, hardware, COUNTED, scaling={"num_workers": workers, "use_gpu": True}, batch={"samples": 512} | batch)
 
 
 def test_a_plan_with_short_and_long_rows_is_split_and_says_so(rows: str) -> None:
@@ -97,13 +106,9 @@ def test_a_plan_with_short_and_long_rows_is_split_and_says_so(rows: str) -> None
     split = split_for_padding(plan, "seq2seq", rows)
     assert plan.tokens_per_device is not None and split.tokens_per_device is not None
     assert "fewer if the rows' lengths say" in " ".join(repr(plan).split())
-    assert split.tokens_per_device < plan.tokens_per_device / 2 and split.accumulation > plan.accumulation
-    assert split.micro_batches_per_step == split.accumulation * split.world_size
+    assert split.tokens_per_device < plan.tokens_per_device / 2
     assert f"tokens_per_device: {split.tokens_per_device:,}" in split.notes[-1] and "less of them is padding" in repr(split)
-    assert (
-        replace(split, **{name: getattr(plan, name) for name in ("tokens_per_device", "micro_batches_per_step", "accumulation", "notes")})
-        == plan
-    )
+    assert replace(split, tokens_per_device=plan.tokens_per_device, notes=plan.notes) == plan
     assert split_for_padding(plan, "seq2seq", rows) == split, (
         "the same each time, so that a run that is resumed trains the same micro-batches"
     )
@@ -133,15 +138,8 @@ def test_what_is_split(rows: str, zero: str, workers: int, link: bool, batch: di
 
 def test_a_budget_that_was_found_out_before_is_not_split(rows: str) -> None:
     """After want of memory, or of a run that is resumed."""
-    plan = replace(plan_of("zero1", gpu(139), most=20_000, scaling={"num_workers": 1}, batch={"samples": 512}), flops=FLOPS)
+    plan = plan_of("zero1", gpu(139), COUNTED, most=20_000, scaling={"num_workers": 1}, batch={"samples": 512})
     assert split_for_padding(plan, "seq2seq", rows) == plan and plan.tokens_per_device == 20_000
-
-
-def test_a_shape_costs_what_it_is_padded_to() -> None:
-    asked: list[Shape] = []
-    source, target = skewed(600, 1, targets=True)
-    least_time(source, target, 64, 2, 10**6, lambda shape: asked.append(shape) or float(shape.cost))  # type: ignore[func-returns-value]
-    assert all(shape.cost <= 10**6 for shape in asked) and any(shape.target for shape in asked)
 
 
 MEASURED = [  # on an H200: layers, rows × source × target, model FLOPs a token, milliseconds by CUDA graphs and as Python launches them

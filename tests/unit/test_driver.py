@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from rich.console import Console
-from test_budget import FLOPS, write_skewed
+from test_budget import COUNTED, write_skewed
 from test_memory import recipe_of, t5_large
 
 from trainkit.cluster.capacity import Node
@@ -130,8 +130,8 @@ def test_micro_batches_are_split_once_the_rows_are_known(
     """The budget that the workers are fed by is the plan's, in plan.json too; a run that goes on keeps it, one without memory halves it."""
     run, hardware = run_of(tmp_path), Hardware("cuda", "NVIDIA H200", 600 * GIB, has_nvlink=True)
     recipe = run.recipe.model_copy(update={"batch": run.recipe.batch.model_copy(update={"samples": 512})})
-    facts = read_zero(zero), t5_large(), DataFacts(1500, None), hardware
-    decision = Decision(recipe, replace(make_plan(recipe, *facts), flops=FLOPS), facts)
+    facts = read_zero(zero), COUNTED, DataFacts(1500, None), hardware
+    decision = Decision(recipe, make_plan(recipe, *facts), facts)
     run.decision, run.recipe, run.plan, run.without_data = decision, recipe, decision.plan, decision.plan
     fed: list[DataDistributor] = []
     monkeypatch.setattr("trainkit.data.distributor.make_distributors", lambda feedings, _: fed.append(DataDistributor(feedings)) or fed[-1])
@@ -149,7 +149,9 @@ def test_micro_batches_are_split_once_the_rows_are_known(
     assert job.plan.largest_micro_batch_tokens is not None and job.plan.largest_micro_batch_tokens <= tokens
     run.folder.write_recipe(recipe_to_yaml(recipe))
     assert kept_budget(run.folder, recipe) == tokens and (halved(run.plan) or 0) <= tokens / 2
-    assert decision.with_workers(2, halved(run.plan)).plan.splits_for_padding is False
+    run._restart_or_raise(FAILED, None)
+    again = run._plan_on([NODE])
+    assert not again.cuda_graphs and not again.splits_for_padding and again.tokens_per_device == tokens, "the same micro-batches go on"
 
 
 def test_a_note_is_said_once_whatever_restarts(tmp_path: Path) -> None:

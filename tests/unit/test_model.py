@@ -20,10 +20,9 @@ from trainkit.data.padding import MicroBatch, Padding
 from trainkit.data.wire import WireMicroBatch
 from trainkit.errors import DataError
 from trainkit.planning.flops import Work
-from trainkit.planning.speed import CLASSIFYING_DECODERS, CLASSIFYING_ENCODERS
 from trainkit.recipe.schema import Recipe
 from trainkit.training.model import build_model, load_config, model_facts, write_first_weights
-from trainkit.training.tasks import TASKS, check_packing
+from trainkit.training.tasks import CLASSIFYING_DECODERS, CLASSIFYING_ENCODERS, TASKS, check_packing
 
 T5 = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0}
 BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -226,9 +225,13 @@ def test_padding_at_the_right_needs_no_mask(kind: str) -> None:
     assert not reads.seen and (theirs_reads.seen or kind in MASKED_ANYWAY)
 
 
+OTHER_WAY = {"is_decoder": True, "is_causal": False}  # than models of the kind attend by default
+
+
+@pytest.mark.parametrize("config", [{}, OTHER_WAY], ids=["as usual", "the other way"])
 @pytest.mark.parametrize("kind", [*CLASSIFYING_ENCODERS, *CLASSIFYING_DECODERS, "mpnet", "modernbert", "gpt2"])
-def test_classes_are_those_of_transformers_own_mask(kind: str) -> None:
-    """No read of the host in those that are known; the others get the mask that they know."""
+def test_classes_are_those_of_transformers_own_mask(kind: str, config: dict[str, Any], tmp_path: Path) -> None:
+    """No read of the host in those that are known; the others get the mask that they know. The plan knows which are which."""
     shape = BERT | {"num_attention_heads": 2, "max_position_embeddings": 40, "pad_token_id": 0, "num_labels": 3}
     names: dict[str, dict[str, Any]] = {
         "albert": {"embedding_size": 16},
@@ -237,9 +240,10 @@ def test_classes_are_those_of_transformers_own_mask(kind: str) -> None:
         "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
     }
     decoder = {"num_key_value_heads": 2, "head_dim": 8} if kind in CLASSIFYING_DECODERS else {}
-    config = transformers.AutoConfig.for_model(kind, **shape | names.get(kind, {}) | decoder)
+    made = transformers.AutoConfig.for_model(kind, **shape | names.get(kind, {}) | decoder | config)
+    made.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    model = transformers.AutoModelForSequenceClassification.from_config(made).eval()
     ids, mask = torch.randint(3, 64, (3, 24)), torch.ones(3, 24, dtype=torch.long)
     mask[1, 7:], mask[2, 2:] = 0, 0
     batch = MicroBatch(0, np.arange(3), ids.masked_fill(mask == 0, 0), mask, torch.arange(3), None, Work(), 0)
@@ -248,7 +252,22 @@ def test_classes_are_those_of_transformers_own_mask(kind: str) -> None:
         with HostReads() as reads:
             ours = TASKS["classification"].logits(model, batch)
     assert torch.allclose(ours, theirs, atol=1e-6)
-    assert bool(reads.seen) == (kind in ("mpnet", "modernbert", "gpt2"))
+    assert bool(reads.seen) == model_facts(recipe_of(tmp_path, "classification")).waits_for_device
+    assert config or bool(reads.seen) == (kind in ("mpnet", "modernbert", "gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("config", "waits"),
+    [
+        (transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, pad_token_id=0), True),
+        (transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64), False),
+        (transformers.LlamaConfig(**LLAMA, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), True),
+        (transformers.LlamaConfig(**LLAMA), False),
+    ],
+)
+def test_the_plan_knows_which_models_wait_for_the_gpu(config: Any, waits: bool, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    assert model_facts(recipe_of(tmp_path, "causal")).waits_for_device == waits
 
 
 def packed(first: list[int], second: list[int]) -> MicroBatch:

@@ -30,7 +30,7 @@ from trainkit.cluster.signals import Signals
 from trainkit.cluster.summary import summarize
 from trainkit.errors import Interrupted, TrainingError, TrainkitError, UsageError
 from trainkit.planning.plan import Plan
-from trainkit.planning.revision import halved, with_micro_batches, without_graphs
+from trainkit.planning.revision import halved, split_budget, with_micro_batches, without_graphs
 from trainkit.planning.show import batch_equation, plan_text
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
@@ -170,7 +170,7 @@ class _Run:
         if self.signals.taken or not verdict.again:
             raise error from failure
         self.restarts += 1
-        self.most = halved(self.plan) if verdict.halve else self.most
+        self.most = halved(self.plan) if verdict.halve else self.most or split_budget(self.plan)
         self.ungraphed |= verdict.ungraph
         self.most_workers = self.plan.world_size - 1 if verdict.shrink else None
         self._say(f"{error.message}\n{verdict.why}", "yellow")

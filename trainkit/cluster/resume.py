@@ -70,7 +70,7 @@ def kept_budget(folder: RunFolder, recipe: Recipe) -> int | None:
     if getattr(before, asked) != getattr(recipe.batch, asked) or not isinstance(recipe.scaling.num_workers, int):
         return None
     plan = folder.read_plan() if (folder.path / "plan.json").is_file() else {}  # a run may be killed before its plan is written
-    unsettled = plan.get("splits_for_padding") and plan.get("largest_micro_batch_tokens") is None  # or before it knew the rows' lengths
+    unsettled = plan.get("splits_for_padding") and plan.get("largest_micro_batch_tokens") is None  # or before the rows' lengths were known
     return None if unsettled else plan.get(asked)
 
 

@@ -22,6 +22,7 @@ from trainkit.planning.revision import expected_seconds, with_budget
 
 _ROWS = 65_536  # whose lengths are looked at
 _STEPS, _SAMPLES = 16, 16_384  # at most, that are composed for each number of micro-batches
+_FEWEST_SAMPLES = 1024  # in more steps where these are small: a longest row is among them
 _GAIN = 1.03  # more micro-batches have to save as much: the estimate is not finer, and each shape wants a graph of its own
 _HOPELESS = 1.05  # times the least time so far: still more micro-batches take still longer
 _ROOM = 1.05  # for steps with longer rows than those that were composed
@@ -55,7 +56,7 @@ def least_time(
     source, target: lengths of rows, of which a step has `samples`. most: padded tokens of a micro-batch. seconds: of one of a shape.
     """
     samples = min(samples, len(source))
-    count = min(_STEPS, max(2, _SAMPLES // samples), len(source) // samples)
+    count = min(max(_STEPS, _FEWEST_SAMPLES // samples), max(2, _SAMPLES // samples), len(source) // samples)
     drawn = (samples_of_step(0, len(source), samples, step) for step in range(1, 1 + count))
     steps = [(source[ids], target[ids]) for ids in drawn]
 
@@ -71,7 +72,7 @@ def least_time(
     budget = Budget(tokens=most)
     catalogues = Catalogues(source, target, samples, budget)
     longest, cuts = composed(budget, catalogues)  # with as few as fit
-    number = _usual(cuts) // world_size  # of a worker
+    fewest = number = _usual(cuts) // world_size  # of a worker
     least, best = longest, cuts
     while (number := max(number + 1, round(1.5 * number))) * world_size <= samples and _GAIN * unpadded(number) < least:
         time, cuts = composed(budget, catalogues, number * world_size)
@@ -85,7 +86,8 @@ def least_time(
         return None
     budget = Budget(tokens=tokens)
     time, cuts = composed(budget, Catalogues(source, target, samples, budget))
-    return Split(tokens, _usual(cuts) // world_size, 1 - time / longest) if _GAIN * time < longest else None
+    number = _usual(cuts) // world_size
+    return Split(tokens, number, 1 - time / longest) if number > fewest and _GAIN * time < longest else None
 
 
 def _usual(cuts: list[list[Part]]) -> int:

@@ -48,6 +48,7 @@ class ModelFacts:
     attn_implementation: str
     matrices: Matrices | None = None  # None: other weights work as well, or not all on every token
     decides_on_host: bool = False  # which experts or layers see a token, in the middle of a forward
+    waits_for_device: bool = False  # in a forward, which reads values of tensors
 
     @property
     def num_parameters(self) -> int:

@@ -15,8 +15,8 @@ W: world size, b: bytes of the training precision. Flat partitions are T/W, roun
 
 On flat tensors stage 1 has no bucket. Otherwise under stage 3, and with offload, the whole gradient of a weight that is used several times
 is summed in two tensors: the largest weight's count as buckets. Optimizer offload moves gradient partitions and optimizer to the host and
-keeps there an fp32 gradient and a 16 bit copy of the partition; on its way a gradient exists once more, in fp32. All of it was compared
-with the peak of a tiny step on H200 (tests/gpu/test_gpu_memory.py), those on flat tensors on one.
+keeps there an fp32 gradient and a 16 bit copy of the partition; on its way a gradient exists once more, in fp32. All of it but
+stage 0 on flat tensors was compared with the peak of a tiny step on H200 (tests/gpu/test_gpu_memory.py), those on flat tensors on one.
 Activations are not model states: `activation_bytes_per_token` bounds them.
 """
 

@@ -43,7 +43,7 @@ class Plan:
     warmup_steps: int
     eval_every: int  # optimizer steps; 0: never, or unknown
     save_every: int
-    micro_batches_per_step: int  # over all workers, with every row at its full length; 0: unknown
+    micro_batches_per_step: int  # over all workers, with every row at its full length until the data is known; 0: unknown
     accumulation: int  # micro-batches of one worker
     ds_config: dict[str, Any]
     memory: Memory | None  # None: the model is not known

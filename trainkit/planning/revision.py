@@ -27,7 +27,10 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
     for the compiler than it gains. One that knows all sizes makes faster kernels in less time: it is told them where there are few shapes.
     """
     largest = max(rows * (source + target) for (rows, source, target), _ in uses) if uses else 0
-    plan = replace(plan, largest_micro_batch_tokens=largest)
+    accumulation = max(1, round(sum(count for _, count in uses) / steps / plan.world_size)) if uses else plan.accumulation
+    plan = replace(
+        plan, largest_micro_batch_tokens=largest, accumulation=accumulation, micro_batches_per_step=accumulation * plan.world_size
+    )  # fmt: skip
     if plan.memory is None or plan.activation_bytes_per_token is None or not plan.use_gpu:
         return plan
     activations = largest * plan.activation_bytes_per_token
@@ -49,11 +52,11 @@ def with_micro_batches(plan: Plan, recipe: Recipe, uses: Collection[tuple[Rectan
         compiles = seconds >= COMPILED_FROM_SECONDS
         if not compiles:
             notes.append(f"blocks are not compiled: about {format_seconds(seconds)} of work, less than what would pay for the compiler")
-    at_start = memory.device_at_start if plan.device_memory is None else min(memory.device_at_start, plan.device_memory)
+    has_room = plan.device_memory is None or memory.device_at_start <= plan.device_memory  # else it is built on the host
     return replace(
         plan,
         expected_activation_bytes=activations,
-        expected_peak_bytes=max(sum(memory.device.values()) + activations, memory.device_at_step, at_start),
+        expected_peak_bytes=max(sum(memory.device.values()) + activations, memory.device_at_step, has_room * memory.device_at_start),
         compile_blocks=compiles,
         compiled_shapes=tuple(sorted((*shape,) for shape, _ in uses)) if compiles and len(uses) <= COMPILED_SHAPES else (),
         notes=tuple(notes),
@@ -75,10 +78,12 @@ def with_budget(plan: Plan, tokens: int, micro_batches: int, saves: float) -> Pl
         f"tokens_per_device: {tokens:,}, which makes {micro_batches} micro-batches per worker: by an estimate {saves:.0%} less time in "
         "forward and backward than with as large ones as fit, because less of them is padding"
     )
-    return replace(
-        plan, tokens_per_device=tokens, micro_batches_per_step=micro_batches * plan.world_size, accumulation=micro_batches,
-        notes=(*plan.notes, note),
-    )  # fmt: skip
+    return replace(plan, tokens_per_device=tokens, notes=(*plan.notes, note))
+
+
+def split_budget(plan: Plan) -> int | None:
+    """The budget that the rows' lengths led to, for attempts that go on with the same micro-batches; None without one."""
+    return plan.tokens_per_device if plan.splits_for_padding and plan.largest_micro_batch_tokens is not None else None
 
 
 def without_graphs(plan: Plan, why: str) -> Plan:

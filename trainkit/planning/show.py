@@ -121,7 +121,7 @@ def _zero(plan: Plan) -> str:
     sizes, unused = list[str](), list[str]()
     for key, value in (section | {key: value for key, value in plan.ds_config.items() if key in idle}).items():
         if key.removeprefix("stage3_") in idle:
-            unused.append(key if isinstance(value, bool) else f"{key} {format_count(value)}")
+            unused.append(key if isinstance(value, bool) else f"{key} {format_count(value) if value == int(value) else format(value, 'g')}")
         elif key != "stage" and type(value) in (int, float):
             sizes.append(f"{key} {format_count(value)}")
     if unused:
@@ -138,9 +138,9 @@ def _memory(plan: Plan, memory: Memory) -> Table:
     for category in CATEGORIES:
         table.add_row(f"  {category}", format_bytes(memory.device.get(category, 0)), format_bytes(memory.host.get(category, 0)))
     table.add_row("  in the optimizer step", format_bytes(memory.device_at_step), "")
-    if memory.device_at_start > memory.device_total:
-        table.add_row("  while it is built, if there is room", format_bytes(memory.device_at_start), "")
     table.add_row("  at most", format_bytes(memory.device_total), format_bytes(memory.host_total), style="bold")
+    if memory.device_at_start > memory.device_total:
+        table.add_row("  for a moment while it is built, if there is room", format_bytes(memory.device_at_start), "")
     return table
 
 

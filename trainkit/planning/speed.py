@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainkit.planning.facts import Hardware, ModelFacts
+from trainkit.planning.flops import training_flops
 from trainkit.recipe.schema import Recipe
 from trainkit.recipe.zero import ZeroConfig
 
@@ -14,8 +15,6 @@ UNUSED_WHEN_FLAT = (  # sizes and ways of what DeepSpeed's hooks would do; those
     *("overlap_comm", "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce"),
     *("ignore_unused_parameters", "prescale_gradients", "gradient_predivide_factor"),
 )
-CLASSIFYING_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert")  # with no windows in attention
-CLASSIFYING_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 # Forward and backward of a micro-batch in torch's own kernels in bf16, fitted to six models on an H200 (T5 of 60 M to 2.9 B parameters,
 # Llamas of 136 M and 1.1 B) and 256 to 49,152 tokens: within a fifth of what was measured, save for T5-3B (LOG.md).
 LAYER_SECONDS = 0.37e-3  # of one layer, however few tokens there are: its kernels begin one after the other
@@ -41,7 +40,6 @@ def what_keeps_deepspeeds_step(recipe: Recipe, zero: ZeroConfig, ds_config: dict
         "offloaded parameters come from the host in the middle of them": zero.offload_param,
         "ZeRO++ gathers and reduces in its own ways in the middle of them": _is_zero_plus_plus(section),
         "the optimizer's offload works on gradients in the middle of them": zero.offload_optimizer,
-        "overlap_comm works on gradients in the middle of them": zero.stage < 2 and bool(section.get("overlap_comm")),
         "grad_accum_dtype sums gradients in another type": accumulated != recipe.model.precision,
         "communication_data_type reduces gradients in another type": reduced != recipe.model.precision,
         "fp16 searches its loss scale on the host": recipe.model.precision == "fp16",
@@ -53,10 +51,9 @@ def what_keeps_deepspeeds_step(recipe: Recipe, zero: ZeroConfig, ds_config: dict
 
 def what_keeps_graphs_away(recipe: Recipe, model: ModelFacts | None) -> str | None:
     """Why there are no CUDA graphs of forward and backward, where DeepSpeed's step is none of the reasons."""
-    ready_masks = recipe.model.task != "classification" or model is None or model.model_type in CLASSIFYING_ENCODERS + CLASSIFYING_DECODERS
     reasons = {
         "model.gradient_checkpointing keeps random state on the host": recipe.model.gradient_checkpointing is True,
-        "transformers waits for the GPU to make this classification model's masks": not ready_masks,
+        "this model waits for the GPU in the middle of a forward": model is not None and model.waits_for_device,
         "a model with experts or LayerDrop decides on the host what runs": decides_on_host(model),
         "train.deterministic is true, and nobody asked for them": recipe.train.deterministic and recipe.model.cuda_graphs is None,
     }
@@ -92,6 +89,8 @@ def splits_for_padding(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | Non
     if hardware.device == "cpu" or model is None or recipe.batch.samples_per_device is not None or recipe.batch.tokens_per_device != "auto":
         return False
     sends = zero.stage >= 2 and world_size > 1 and not hardware.has_nvlink
+    if training_flops(model) is None:
+        return False
     return not (recipe.data.packing or zero.offload_optimizer or zero.offload_param or sends)
 
 

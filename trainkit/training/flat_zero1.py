@@ -1,4 +1,5 @@
-"""The optimizer step of ZeRO stage 1 on whole flat tensors: about twenty launches, however many parameters there are.
+"""The optimizer step of ZeRO stage 1 on whole flat tensors: some tens of launches, which grow with the elements, not with the
+number of parameters.
 
 DeepSpeed's own walks over the parameters in Python at several places of each step, which for T5-large's 560 takes longer than forward and
 backward do as CUDA graphs. What DeepSpeed has built stays in use: the flat weights, of which the parameters are views; this rank's fp32

@@ -24,7 +24,7 @@ from trainkit.planning.facts import Matrices, ModelFacts, Parameter
 from trainkit.planning.memory import BIASED_ATTENTION
 from trainkit.recipe.schema import Lora, Recipe
 from trainkit.training.blocks import parameters_of_blocks
-from trainkit.training.tasks import TASKS, base_model
+from trainkit.training.tasks import TASKS, base_model, waits_for_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 Gathered = Callable[[torch.nn.Parameter], AbstractContextManager[Any]]
@@ -78,6 +78,7 @@ def model_facts(recipe: Recipe, label_names: Sequence[str] | None = None) -> Mod
         vocab_size=text.vocab_size,
         attn_implementation=str(base_model(model).config._attn_implementation),
         decides_on_host=_has_experts(text) or any(value for name, value in config.to_dict().items() if name.endswith("layerdrop")),
+        waits_for_device=waits_for_device(model, recipe.model.task),
         matrices=_matrices(base_model(model), config, recipe.model.task),
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -14,8 +15,11 @@ from transformers import masking_utils
 
 from trainkit.data.padding import IGNORED_LABEL, MicroBatch
 from trainkit.errors import DataError
-from trainkit.planning.speed import CLASSIFYING_DECODERS, CLASSIFYING_ENCODERS
+from trainkit.planning.flops import Work
 from trainkit.training.loss import IN_CHUNKS, Kernels, cross_entropy_sum
+
+CLASSIFYING_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert")  # whose masks are made here
+CLASSIFYING_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # which need none
 
 
 @dataclass(frozen=True)
@@ -95,10 +99,11 @@ def _class_logits(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """The masks of models that are known are ready, so that transformers waits for no GPU to look at them."""
     config, mask = base_model(model).config, batch.attention_mask
     types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-    if config.model_type in CLASSIFYING_DECODERS:  # whose rows end where the class is read off
+    if config.model_type in CLASSIFYING_DECODERS and getattr(config, "is_causal", True):  # whose rows end where the class is read off
         with _borders_known(packed=False):
             return model(input_ids=batch.input_ids, use_cache=False).logits
-    if config.model_type in CLASSIFYING_ENCODERS and config._attn_implementation == "sdpa" and mask is not None:
+    known = config.model_type in CLASSIFYING_ENCODERS and not getattr(config, "is_decoder", False)
+    if known and config._attn_implementation == "sdpa" and mask is not None:
         mask = mask.bool()[:, None, None, :]
     return model(input_ids=batch.input_ids, attention_mask=mask, **types).logits
 
@@ -130,6 +135,19 @@ def check_packing(logits: Callable[[MicroBatch], torch.Tensor], batch: MicroBatc
             "data.packing: this model lets a row see the rows packed in front of it. "
             "Write data.packing: false, or model.attn_implementation: sdpa"
         )
+
+
+def waits_for_device(model: torch.nn.Module, task: str) -> bool:
+    """Whether a forward reads values of tensors, for which the host waits; model: on the meta device, which has no values to read."""
+    ids = torch.zeros(2, 16, dtype=torch.long, device="meta")
+    labels = ids[:, 0] if task == "classification" else ids
+    batch = MicroBatch(0, np.arange(2), ids, torch.ones_like(ids), labels, None, Work(), 0)
+    try:
+        with torch.no_grad():
+            TASKS[task].logits(model, batch)
+    except Exception as error:  # what else a model cannot do there, it may do on a GPU
+        return ".item() cannot be called on meta" in str(error)
+    return False
 
 
 def base_model(model: torch.nn.Module) -> Any:

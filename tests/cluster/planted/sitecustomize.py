@@ -2,7 +2,7 @@
 
 PLANTED="hang:1:12 oom:0:20" makes rank 1 stand still in step 12's update and rank 0 run out of memory in step 20's, once each; that is
 remembered in the folder PLANTED_DONE. HANG_SECONDS shortens what the driver waits. ROWS_WAIT_FOR is a file without which no row is
-tokenized.
+tokenized. STEPS_AHEAD is how many steps a rank asks for at once, and how many wait for it.
 """
 
 import importlib.abc
@@ -56,10 +56,15 @@ def hold_rows(chunks):
     chunks.here = held
 
 
+def look_less_ahead(feed):
+    feed.AHEAD_STEPS = feed.MOST_STEPS_PER_CALL = int(os.environ["STEPS_AHEAD"])
+
+
 CHANGES = {
     "PLANTED": {"trainkit.training.engine": plant_faults},
     "HANG_SECONDS": {"trainkit.cluster.hangs": wait_less},
     "ROWS_WAIT_FOR": {"trainkit.data.chunks": hold_rows},
+    "STEPS_AHEAD": {"trainkit.data.feed": look_less_ahead},
 }
 PLANTED = {module: change for variable, changes in CHANGES.items() if variable in os.environ for module, change in changes.items()}
 
