@@ -171,7 +171,9 @@ def test_seq2seq_logits_are_those_of_transformers_own_mask(kind: str, attention:
         theirs = model(input_ids=source, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
         with HostReads() as reads:
             ours = TASKS["seq2seq"].logits(model, batch)
-    assert torch.allclose(ours, theirs, atol=1e-6) and not reads.seen
+    has_other_kernel = attention == "sdpa" and "t5" not in kind  # a decoder's mask instead of is_causal
+    assert torch.allclose(ours, theirs, atol=1e-6) if has_other_kernel else torch.equal(ours, theirs)
+    assert not reads.seen
 
 
 def test_no_mask_is_made_while_a_graph_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -437,6 +437,10 @@ def test_where_states_fit_without_graphs_alone_there_are_none() -> None:
         plan_of("zero1", gpu(6.5), model=model | {"cuda_graphs": True})
 
 
+def facts_of(model_type: str) -> ModelFacts:
+    return replace(t5_large(), model_type=model_type, decides_on_host=model_type == "mixtral", waits_for_device=model_type == "modernbert")
+
+
 @pytest.mark.parametrize(
     ("zero", "gib", "model", "reason"),
     [
@@ -456,11 +460,7 @@ def test_where_states_fit_without_graphs_alone_there_are_none() -> None:
 def test_what_cannot_be_captured_is_refused_with_its_reason(zero: Any, gib: float, model: dict[str, Any], reason: str) -> None:
     """And has none where nobody asks for them."""
     path = model.get("path", "t5")
-    facts = (
-        t5_large()
-        if path == "t5"
-        else replace(t5_large(), model_type=path, decides_on_host=path == "mixtral", waits_for_device=path == "modernbert")
-    )
+    facts = facts_of(path)
     wish = {"path": path, "task": "seq2seq"} | model
     with pytest.raises(RecipeError, match=reason):
         plan_of(zero, gpu(gib), facts, scaling={"num_workers": 2}, model=wish | {"cuda_graphs": True})
@@ -483,11 +483,7 @@ def test_without_graphs_the_step_is_still_on_flat_tensors_unless_deepspeed_has_t
     zero: str, model: dict[str, Any], flat: bool
 ) -> None:
     path = model.get("path", "t5")
-    facts = (
-        t5_large()
-        if path == "t5"
-        else replace(t5_large(), model_type=path, decides_on_host=path == "mixtral", waits_for_device=path == "modernbert")
-    )
+    facts = facts_of(path)
     plan = plan_of(zero, gpu(139), facts, scaling={"num_workers": 2}, model={"path": path, "task": "seq2seq"} | model)
     as_deepspeed = without_graphs(plan, "it failed")
     assert plan.flat == flat and not plan.cuda_graphs and not as_deepspeed.flat

@@ -16,7 +16,7 @@ UNUSED_WHEN_FLAT = (  # sizes and ways of what DeepSpeed's hooks would do; those
     *("ignore_unused_parameters", "prescale_gradients", "gradient_predivide_factor"),
 )
 # Forward and backward of a micro-batch in torch's own kernels in bf16, fitted to six models on an H200 (T5 of 60 M to 2.9 B parameters,
-# Llamas of 136 M and 1.1 B) and 256 to 49,152 tokens: within a fifth of what was measured, save for T5-3B (LOG.md).
+# Llamas of 136 M and 1.1 B) and 256 to 49,152 tokens: within 21 % of what was measured (LOG.md).
 LAYER_SECONDS = 0.37e-3  # of one layer, however few tokens there are: its kernels begin one after the other
 LAUNCHED_SECONDS = 3e-3  # of one layer at least, where Python launches them instead of a CUDA graph
 TOKEN_SECONDS, TOKEN_POWER = 4.7e-6, 0.72  # of a token of one GFLOP; wide models come nearer to the peak
@@ -86,12 +86,11 @@ def splits_for_padding(recipe: Recipe, zero: ZeroConfig, model: ModelFacts | Non
 
     Not with offload, nor between GPUs without links under stages 2 and 3: each micro-batch sends its gradients, and its weights, there.
     """
-    if hardware.device == "cpu" or model is None or recipe.batch.samples_per_device is not None or recipe.batch.tokens_per_device != "auto":
+    asked_for = recipe.batch.samples_per_device is not None or recipe.batch.tokens_per_device != "auto"
+    slow_links = zero.stage >= 2 and world_size > 1 and not hardware.has_nvlink
+    if hardware.device == "cpu" or asked_for or recipe.data.packing or zero.offload_optimizer or zero.offload_param or slow_links:
         return False
-    sends = zero.stage >= 2 and world_size > 1 and not hardware.has_nvlink
-    if training_flops(model) is None:
-        return False
-    return not (recipe.data.packing or zero.offload_optimizer or zero.offload_param or sends)
+    return model is not None and training_flops(model) is not None
 
 
 def joins_shapes(recipe: Recipe) -> bool:
