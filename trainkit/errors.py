@@ -71,8 +71,8 @@ class RecipeError(TrainkitError):
 
     exit_code = 2
 
-    def __init__(self, message: str = "", *, faults: tuple[Fault, ...] = ()):
-        super().__init__(message or "\n".join(str(fault) for fault in faults), faults=tuple(faults))
+    def __init__(self, message: str = "", *, faults: tuple[Fault, ...] = (), **facts: Any):
+        super().__init__(message or "\n".join(str(fault) for fault in faults), faults=tuple(faults), **facts)
         self.faults: tuple[Fault, ...] = tuple(faults)
 
 

@@ -28,7 +28,7 @@ def format_bytes(num_bytes: float) -> str:
     """The largest binary unit in which the number is at least 1, with three significant digits."""
     for size, unit in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(num_bytes) >= size:
-            return f"{num_bytes / size:.3g} {unit}" if num_bytes / size < 1000 else f"{num_bytes / size:,.0f} {unit}"
+            return f"{num_bytes / size:.3g} {unit}" if num_bytes / size < 999.5 else f"{num_bytes / size:,.0f} {unit}"
     return f"{num_bytes:.0f} B"
 
 

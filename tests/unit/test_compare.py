@@ -338,6 +338,10 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
         plant(tmp_path / runs, "a")
     plant(tmp_path / "here", "b")
     assert [row.run for row in read_rows([tmp_path / "here", tmp_path / "there"])[0]] == ["here/a", "b", "there/a"]
+    for machine in ("one", "two"):
+        plant(tmp_path / machine / "here", "a")
+    folders = [tmp_path / "one/here", tmp_path / "two/here", tmp_path / "there"]
+    assert [row.run for row in read_rows(folders)[0]] == ["one/here/a", "two/here/a", "there/a"]
 
 
 def test_losses_that_do_not_compare_are_told(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from trainkit.errors import CaptureError, OutOfMemory, TrainkitError
 from trainkit.planning.facts import DataFacts, Hardware
 from trainkit.planning.planner import make_plan
 from trainkit.planning.revision import halved
-from trainkit.recipe.reader import recipe_to_yaml
+from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.zero import read_zero
 from trainkit.runs import startup
 from trainkit.runs.folder import RunFolder
@@ -69,6 +69,17 @@ def test_a_run_goes_on_without_graphs_that_failed(tmp_path: Path, error: Trainki
     assert run.folder.failures()[-1]["of_graphs"]
     with pytest.raises(type(error)):
         run._restart_or_raise(error, None)
+
+
+def test_the_recipe_that_a_run_keeps_needs_no_zero_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, mine = run_of(tmp_path / "runs"), tmp_path / "mine.json"
+    mine.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}')
+    run.wish = run.wish.model_copy(update={"zero": str(mine)})
+    monkeypatch.setattr(_Run, "_attempt", lambda *asked: {"status": "completed"})
+    run.train()
+    mine.unlink()
+    kept = read_recipe(run.folder.path / "recipe.yaml", ["model.path=m"])
+    assert kept.zero == {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}} and read_zero(kept.zero).stage == 2
 
 
 def test_graphs_that_were_asked_for_end_the_run(tmp_path: Path) -> None:

@@ -284,6 +284,8 @@ def test_an_adapter_and_its_merged_model_compute_what_was_trained(kind: str, lor
     assert (folder / "base").is_dir() == (weights == "random")
     merged = TASKS[run.task].auto_class.from_pretrained(merge_adapter(run.folder)).eval()
     assert not any("lora_" in name for name in merged.state_dict())
+    modes = {path.stat().st_mode for path in (run.folder / "model-merged").glob("*.json")}
+    assert {(run.folder / "model-merged/model.safetensors").stat().st_mode} == modes
     assert transformers.AutoTokenizer.from_pretrained(run.folder / "model-merged").get_vocab() == run.tokenizer.get_vocab()
     with run.engine.evaluating():
         trained, again = run.engine.logits(batch), TASKS[run.task].logits(merged, batch)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,3 +116,20 @@ def test_the_plan_loads_neither_ray_nor_deepspeed() -> None:
 
 def test_comparing_runs_loads_no_library_of_training_and_no_pictures() -> None:
     assert loaded_after("import trainkit.runs.compare, trainkit.runs.tables, trainkit.runs.plot", "torch", "ray", "matplotlib") == []
+
+
+def test_a_wheel_has_every_package_and_the_shipped_zero_configurations(tmp_path: Path) -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in (ROOT / "trainkit").rglob("__init__.py")}
+    elsewhere = settings["package-dir"]
+    assert set(settings["packages"]) == packages | set(elsewhere)
+    for package in settings["packages"]:  # as the wheel lays them out
+        folder = ROOT / elsewhere.get(package, package.replace(".", "/"))
+        (tmp_path / package.replace(".", "/")).mkdir()
+        for pattern in ("*.py", *settings["package-data"].get(package, ())):
+            for path in folder.glob(pattern):
+                shutil.copy(path, tmp_path / package.replace(".", "/"))
+    asked = "from trainkit.recipe.zero import FOLDER, SHIPPED, read_zero; print(FOLDER, *(read_zero(name).stage for name in SHIPPED))"
+    command = [sys.executable, "-c", asked]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True).stdout.split()
+    assert told == [str(tmp_path / "trainkit/zero_configs"), "0", "1", "2", "3", "2", "3"]

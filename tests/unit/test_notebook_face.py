@@ -308,6 +308,7 @@ def test_a_failed_command_is_told_in_its_own_words(failed: Child, monkeypatch: p
     recorded = {"error": {"kind": "NonFiniteError", "message": error.message, "rank": 1, "step": 7}}
     named = failed.error(recorded)
     assert type(named) is NonFiniteError and named.facts == {"rank": 1, "step": 7}
+    assert type(failed.error({"error": recorded["error"] | {"kind": "RecipeError"}})) is RecipeError
     assert type(failed.error({"error": {**recorded["error"], "message": "of an attempt before"}})) is UsageError
     assert "\x1b" not in failed.output()
 

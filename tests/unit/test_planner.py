@@ -27,7 +27,7 @@ from trainkit.planning.planner import make_plan
 from trainkit.planning.revision import halved, with_micro_batches, without_graphs
 from trainkit.planning.show import batch_equation, fits_table, plan_text, step_equation
 from trainkit.recipe.zero import SHIPPED, read_zero
-from trainkit.units import GIB
+from trainkit.units import GIB, format_bytes
 
 CPU = Hardware("cpu", "CPU", None)
 WIKISQL = DataFacts(56_344, 8_421)
@@ -343,6 +343,24 @@ def test_a_trace_after_the_end_is_refused() -> None:
     assert plan_of(train={"max_steps": 9, "profile": {"start": 9, "steps": 5}}).total_steps == 9
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 8}, {"epochs": 1}])
+def test_a_warm_up_that_does_not_end_is_refused(length: dict[str, Any]) -> None:
+    rows = DataFacts(8 * 96, None)
+    with pytest.raises(RecipeError, match=r"optimizer\.warmup_steps.*9 steps of warm-up do not end within the run's 8\. Write fewer"):
+        plan_of(counted=rows, train=length, optimizer={"lr": 1e-4, "warmup_steps": 9})
+    assert plan_of(counted=rows, train=length, optimizer={"lr": 1e-4, "warmup_steps": 8}).warmup_steps == 8
+
+
+def test_intervals_longer_than_the_run_are_told() -> None:
+    def told(**train: Any) -> list[str]:
+        plan = plan_of(data={"eval": "validation"}, train={"max_steps": 8} | train)
+        return [note for note in plan.notes if "only at the end" in note]
+
+    assert told(save_steps=9, eval_steps=9) == ["train.save_steps and train.eval_steps: more than the run's 8 steps, so only at the end"]
+    assert told(save_steps=9) == ["train.save_steps: more than the run's 8 steps, so only at the end"]
+    assert told(save_steps=8, eval_steps=8) == []
+
+
 def test_blocks_are_compiled_on_a_gpu_where_that_was_tried() -> None:
     gpus = {"num_workers": 2, "use_gpu": True}
     assert [plan_of(zero, gpu(139), scaling=gpus).compile_blocks for zero in ("zero0", "zero1", "zero2", "zero3")] == [
@@ -501,3 +519,8 @@ def test_a_gpu_without_bf16_is_refused_with_what_it_can_train(family: str, way_o
 def test_a_cpu_has_no_graphs() -> None:
     with pytest.raises(RecipeError, match="a CPU has none"):
         plan_of("zero1", CPU, scaling={"num_workers": 2, "use_gpu": False}, model={"path": "t5", "task": "seq2seq", "cuda_graphs": True})
+
+
+@pytest.mark.parametrize(("size", "shown"), [(999.4, "999 GiB"), (999.7, "1,000 GiB"), (1023.9, "1,024 GiB"), (1024, "1 TiB")])
+def test_bytes_have_three_digits_and_no_exponent(size: float, shown: str) -> None:
+    assert format_bytes(size * GIB) == shown

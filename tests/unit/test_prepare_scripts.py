@@ -19,14 +19,20 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "recipes" / "quickstart"
 
 
-def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=cwd)
 
 
 def lines(file: Path) -> list[dict[str, str]]:
     data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     return [json.loads(line) for line in data.decode().splitlines()]
+
+
+@pytest.mark.parametrize("script", ["prepare_quickstart", "prepare_wikisql"])
+def test_help_is_told_and_no_folder_made(script: str, tmp_path: Path) -> None:
+    ended = run(script, "--help", cwd=tmp_path)
+    assert ended.returncode != 0 and f"scripts/{script}" in ended.stderr and not list(tmp_path.iterdir())
 
 
 # The quickstart

@@ -93,6 +93,13 @@ def test_a_step_shows_step_loss_tokens_per_second_and_eta(folder: RunFolder) -> 
     assert watch.look().words()[0] == "evaluating 0 s"
 
 
+def test_a_step_of_an_earlier_version_that_lacks_some_keys_is_shown(folder: RunFolder) -> None:
+    folder.write_phase("training")
+    watch, step = Watch(folder, 10), line(1, 2.5, 1000, 0.5)
+    StepLog(folder).append({key: value for key, value in step.items() if key not in ("peak_memory_gib", "data_wait_seconds")})
+    assert watch.look().words()[:3] == ["step 1/10", "loss 2.5000", "2,000 tokens/s"]
+
+
 def test_verbose_has_a_table_per_rank_without_columns_that_nobody_can_tell(folder: RunFolder) -> None:
     rank = {"peak_bytes": 3 * 2**30, "allocated_bytes": 2**30, "host_bytes": 2**30, "tokens": 750, "padded_tokens": 1000}
     rank |= {"data_wait_seconds": 0.0021, "gpu_utilization": float("nan"), "gpu_watts": float("nan"), "gpu_celsius": float("nan")}

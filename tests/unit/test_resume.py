@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from trainkit.cluster.driver import _Run
+from trainkit.cluster.opening import opened
 from trainkit.cluster.preparing import Preparation
 from trainkit.cluster.resume import LAYOUT, check_unfinished, kept_budget, resumed_recipe, run_to_resume, untraced
 from trainkit.data.tokens import Prepared
@@ -113,6 +115,29 @@ def test_a_run_folders_own_recipe_names_its_run(storage: Path, tmp_path: Path, m
     assert run_to_resume(elsewhere, Path("recipe.yaml"), None).path == folder.path
 
 
+def test_a_run_that_ended_before_its_plan_is_not_taken_for_another(storage: Path) -> None:
+    begun(asked(storage), age=100)
+    early = begun(asked(storage))
+    (early.path / "plan.json").unlink()
+    assert run_to_resume(asked(storage), early.path / "recipe.yaml", None).path == early.path
+
+
+def test_a_run_that_was_copied_without_what_is_hidden_goes_on_where_it_lies_now(storage: Path, tmp_path: Path) -> None:
+    folder = begun(asked(storage, "scaling.use_gpu=false"))
+    moved = RunFolder(tmp_path / "elsewhere" / "mine")
+    moved.path.parent.mkdir()
+    folder.path.replace(moved.path)
+    storage.rmdir()
+    shutil.rmtree(moved.ray)
+    path = moved.path / "recipe.yaml"
+    opening = opened(read_recipe(path), path, None, True, None, lambda plan: None)
+    assert opening.folder().path == moved.path
+    assert opening.wish.run.storage_path == opening.recipe.run.storage_path == str(moved.path.parent)
+    assert not storage.exists()
+    with opening.folder().lock("driver"):
+        assert moved.ray.is_dir()
+
+
 def test_a_name_wins_over_the_folder_of_the_recipe(storage: Path) -> None:
     folder, other = begun(asked(storage)), begun(asked(storage))
     assert run_to_resume(asked(storage), folder.path / "recipe.yaml", other.name).path == other.path
@@ -153,7 +178,19 @@ def test_another_run_whose_recipe_is_read_no_more_does_not_stand_in_the_way(stor
     folder = begun(asked(storage), age=100)
     of_another_version = begun(asked(storage, "name=other"))
     of_another_version.write_recipe("name: other\nmodel: {size: huge}\n")
+    (of_another_version.path / "summary.json").write_text('{"status": "comp')
     assert run_to_resume(asked(storage), QUICKSTART, None).path == folder.path
+    begun(asked(storage, "name=third"))
+    (storage / "third-1" / "summary.json").write_text("{}")
+    assert run_to_resume(asked(storage), QUICKSTART, None).path == folder.path
+
+
+@pytest.mark.parametrize("name", ["summary.json", "plan.json"])
+def test_a_damaged_file_of_its_own_is_one_message(storage: Path, name: str) -> None:
+    folder = begun(asked(storage))
+    (folder.path / name).write_text('{"status": "comp')
+    with pytest.raises(UsageError, match=rf"{folder.path / name}: damaged: not JSON"):
+        kept_budget(run_to_resume(asked(storage), QUICKSTART, None), asked(storage))
 
 
 # -- its recipe ------------------------------------------------------------------------------------------------------------------------

@@ -73,11 +73,7 @@ def _lost_a_peer(error: WorkerError) -> bool:
 def _told(error: WorkerError, folder: RunFolder) -> TrainkitError:
     kind = getattr(errors, error.kind, None)
     if isinstance(kind, type) and issubclass(kind, TrainkitError):
-        return (
-            kind(error.message)
-            if kind is errors.RecipeError
-            else kind(error.message, **{"rank": error.rank, "step": error.step} | error.facts)
-        )
+        return kind(error.message, **{"rank": error.rank, "step": error.step} | error.facts)
     where = f"rank {error.rank} failed after step {error.step}" if error.step else f"rank {error.rank} failed before the first step"
     return TrainingError(
         f"{where}: {error.kind}: {error.message.strip()}\nThe whole traceback: {folder.traceback_path(error.rank)}",

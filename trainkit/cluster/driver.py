@@ -34,6 +34,7 @@ from trainkit.planning.revision import halved, split_budget, with_micro_batches,
 from trainkit.planning.show import batch_equation, plan_text
 from trainkit.recipe.reader import read_recipe, recipe_to_yaml
 from trainkit.recipe.schema import Recipe
+from trainkit.recipe.zero import content_of
 from trainkit.runs import checkpoints, copying, startup
 from trainkit.runs.checkpoints import Checkpoint
 from trainkit.runs.folder import LEASE_SECONDS, PREDECESSOR_SECONDS, RunFolder
@@ -112,7 +113,8 @@ class _Run:
     def train(self) -> dict[str, Any]:
         """From the made folder to rank 0's outcome."""
         checkpoint = self._checkpoint() if self.resumed else None
-        self.folder.write_recipe(recipe_to_yaml(self.wish))
+        resolved = self.wish.model_copy(update={"zero": content_of(self.wish.zero)})
+        self.folder.write_recipe(recipe_to_yaml(resolved))
         self.folder.write_plan(self.plan.to_json())
         self.folder.write_environment(hardware.environment())
         self._say(f"run folder {self.folder.path}", "dim")

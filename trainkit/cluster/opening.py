@@ -41,6 +41,8 @@ def opened(wish: Recipe, path: Path | None, name: str | None, resume: bool, addr
     Raises RecipeError, DataError, UsageError or CapacityError for what the command would raise.
     """
     before = run_to_resume(wish, path, name) if resume else None
+    if before is not None:  # its folder may have been moved since
+        wish = wish.model_copy(update={"run": wish.run.model_copy(update={"storage_path": str(before.path.parent)})})
     recipe = wish if before is None else resumed_recipe(before, wish)
     check_storage(recipe.run.storage_path, recipe.name, None if before else name)
     decision = decide(recipe, path, most=None if before is None else kept_budget(before, recipe))

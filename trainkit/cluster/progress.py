@@ -96,9 +96,9 @@ class SoFar:
     def take(self, line: Mapping[str, Any]) -> None:
         """The next line."""
         self.step, self.loss = int(line["step"]), line["loss"]
-        peaks = line["peak_memory_gib"]
+        peaks = line.get("peak_memory_gib", ())  # lines of earlier versions lack some keys
         before = self.peak_gib if len(peaks) == self.world_size else 0.0  # what other numbers of workers took is no measure of these
-        self.peak_gib, self.world_size = max(before, *peaks), len(peaks)
+        self.peak_gib, self.world_size = max(before, *peaks, 0.0), len(peaks)
         if self.step > self.kept:
             self.taken += 1
             if self.taken == 2:
@@ -109,7 +109,7 @@ class SoFar:
         """Step and loss alone until this attempt has trained a step."""
         if self.step == 0 or not self.recent:
             return View(what, seconds, done=self.step, total=total, loss=self.loss if self.step else None)
-        spent, tokens, waited = (sum(line[key] for line in self.recent) for key in ("seconds", "tokens", "data_wait_seconds"))
+        spent, tokens, waited = (sum(line.get(key, 0) for line in self.recent) for key in ("seconds", "tokens", "data_wait_seconds"))
         told = [line for line in self.recent if line.get("mfu") is not None]
         return View(
             what,

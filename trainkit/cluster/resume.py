@@ -10,6 +10,7 @@ from trainkit.errors import CaptureError, RecipeError, UsageError
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Profile, Recipe
 from trainkit.runs.copying import make_again
+from trainkit.runs.finding import is_run
 from trainkit.runs.folder import RunFolder, check_name
 
 LAYOUT = (  # may differ from what the run began with: where and how often, not what is trained
@@ -32,9 +33,9 @@ def run_to_resume(recipe: Recipe, path: Path | None, name: str | None) -> RunFol
         if not (folder / "recipe.yaml").is_file() and (url is None or not make_again(url, folder)):
             raise UsageError(f"--resume: {folder} is no run folder. Without --resume a new run begins")
         return RunFolder(folder)
-    if path is not None and path.name == "recipe.yaml" and (path.parent / "plan.json").is_file():
+    if path is not None and path.name == "recipe.yaml" and ((path.parent / "plan.json").is_file() or (path.parent / ".ray").is_dir()):
         return RunFolder(path.parent.absolute())
-    unfinished = [folder for folder in _runs(storage) if _is_unfinished(folder) and _recipe_name(folder) == recipe.name]
+    unfinished = [folder for folder in _runs(storage) if _recipe_name(folder) == recipe.name and _is_unfinished(folder)]
     if not unfinished:
         raise UsageError(
             f"--resume: no unfinished run of {recipe.name} lies in {storage}. Name one with --name, or start a new one without --resume"
@@ -104,9 +105,7 @@ def _recipe_name(folder: RunFolder) -> str | None:
 
 
 def _runs(storage: Path) -> Iterator[RunFolder]:
-    for path in storage.iterdir() if storage.is_dir() else ():
-        if (path / "recipe.yaml").is_file() and (path / "plan.json").is_file():
-            yield RunFolder(path)
+    yield from map(RunFolder, filter(is_run, storage.iterdir() if storage.is_dir() else ()))
 
 
 def _is_unfinished(folder: RunFolder) -> bool:

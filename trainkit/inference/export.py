@@ -155,6 +155,7 @@ def merge_adapter(run: Path) -> Path:
     try:
         load_run_model(recipe, folder).merge_and_unload().save_pretrained(beside)
         exported_tokenizer(recipe, folder).save_pretrained(beside)
+        _as_the_umask_says(beside)
         move_model(beside, target)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{target}: the merged model cannot be written: {error}. Make room") from None

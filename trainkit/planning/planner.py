@@ -71,7 +71,7 @@ def make_plan(
     fits = shipped_fits(recipe, model, hardware) if hardware.memory_bytes is not None else ()
     _check_capacity(zero, memory, fits, world_size, hardware)
     steps = _steps(recipe, data)
-    _check_profile(recipe, steps)
+    _check_steps(recipe, steps)
     batch = _batch(recipe, model, memory, world_size, hardware, most)
     return Plan(
         recipe_name=recipe.name,
@@ -105,7 +105,11 @@ def make_plan(
         flat=flat,
         cuda_graphs=no_graphs is None,
         no_graphs=no_graphs,
-        notes=_notes(recipe, zero, ds_config, batch, hardware, model is not None) + _faster_stage(zero, fits, hardware),
+        notes=(
+            *_notes(recipe, zero, ds_config, batch, hardware, model is not None),
+            *_never_reached(recipe, steps),
+            *_faster_stage(zero, fits, hardware),
+        ),
         zero_name=zero.name,
         device_name=hardware.name,
         device_memory=hardware.memory_bytes,
@@ -165,11 +169,15 @@ def check_precision(recipe: Recipe, model: ModelFacts | None, hardware: Hardware
         raise RecipeError(faults=(Fault(recipe.name, None, "model.precision", message),))
 
 
-def _check_profile(recipe: Recipe, steps: _Steps) -> None:
-    profile = recipe.train.profile
-    if profile is not None and 0 < steps.total_steps < profile.start:
-        message = f"step {profile.start} is traced first, and the run has {steps.total_steps:,} steps. Write a smaller one"
+def _check_steps(recipe: Recipe, steps: _Steps) -> None:
+    """What would begin or end behind the last step."""
+    total, profile = steps.total_steps, recipe.train.profile
+    if profile is not None and 0 < total < profile.start:
+        message = f"step {profile.start} is traced first, and the run has {total:,} steps. Write a smaller one"
         raise RecipeError(faults=(Fault(recipe.name, None, "train.profile.start", message),))
+    if 0 < total < steps.warmup_steps:
+        message = f"{steps.warmup_steps:,} steps of warm-up do not end within the run's {total:,}. Write fewer, or a share below 1"
+        raise RecipeError(faults=(Fault(recipe.name, None, "optimizer.warmup_steps", message),))
 
 
 def _check_capacity(zero: ZeroConfig, memory: Memory | None, fits: tuple[Fit, ...], world_size: int, hardware: Hardware) -> None:
@@ -198,6 +206,15 @@ def _steps(recipe: Recipe, data: DataFacts) -> _Steps:
     epochs = total / per_epoch if per_epoch else None if train.max_steps else train.epochs
     warmup = recipe.optimizer.warmup_steps
     return _Steps(rows, per_epoch, last, total, epochs, warmup if isinstance(warmup, int) else round(warmup * total))
+
+
+def _never_reached(recipe: Recipe, steps: _Steps) -> tuple[str, ...]:
+    """Intervals that are longer than the run."""
+    intervals = {"train.save_steps": recipe.train.save_steps}
+    if recipe.data.eval is not None:
+        intervals["train.eval_steps"] = recipe.train.eval_steps
+    longer = [key for key, every in intervals.items() if isinstance(every, int) and 0 < steps.total_steps < every]
+    return (f"{' and '.join(longer)}: more than the run's {steps.total_steps:,} steps, so only at the end",) if longer else ()
 
 
 def _every(every: str | int | float, steps: _Steps) -> int:

@@ -20,7 +20,8 @@ from trainkit.recipe.document import Document, Place, did_you_mean, nearest, rea
 SHIPPED = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 __all__ = ["FOLDER", "SHIPPED", "ZeroConfig", "check_zero", "contradictions", "contradictions_with", "is_shipped", "read_zero"]
 
-FOLDER = Path(__file__).parents[2] / "zero_configs"
+_INSTALLED = Path(__file__).parents[1] / "zero_configs"  # a wheel brings them inside of the package
+FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "zero_configs"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ def read_zero(zero: str | dict[str, Any] | None, where: Path | None = None) -> Z
             or (Fault(str(where or "zero"), None, "zero", f"expected a name, a file or a mapping, given {shown(zero)}"),)
         )
     return config
+
+
+def content_of(zero: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    """`zero` of a recipe that needs no file beside it: what a JSON file says stands in the place of its path."""
+    return zero if zero is None or isinstance(zero, dict) or is_shipped(zero) else read_zero(zero).json
 
 
 def check_zero(zero: Any, where: Path | None, recipe: Document | None = None) -> tuple[ZeroConfig | None, list[Fault]]:

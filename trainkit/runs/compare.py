@@ -185,9 +185,11 @@ def _data(data: Mapping[str, Any], use: str) -> str | None:
 
 
 def _told_apart(rows: Sequence[Row]) -> list[Row]:
-    """Runs of one name in several folders get the folder's name in front."""
-    times = Counter(row.run for row in rows)
-    return [replace(row, run=f"{row.folder.parent.name}/{row.run}") if times[row.run] > 1 else row for row in rows]
+    """Runs of one name in several folders get as many of the folders' names in front as it takes."""
+    for parts in range(2, max((len(row.folder.parts) for row in rows), default=0) + 1):
+        times = Counter(row.run for row in rows)
+        rows = [replace(row, run="/".join(row.folder.parts[-parts:])) if times[row.run] > 1 else row for row in rows]
+    return list(rows)
 
 
 def _other_workers(steps: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -18,6 +18,7 @@ class Lock:
     """An exclusive flock, held from its making to `release` or the end of the process."""
 
     def __init__(self, path: Path, wait_seconds: float = 0.0):
+        path.parent.mkdir(exist_ok=True)  # a copy of a run may lack what is hidden
         self.file = path.open("a")
         deadline = time.monotonic() + wait_seconds
         while not self._taken():

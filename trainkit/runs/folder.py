@@ -23,7 +23,7 @@ from typing import Any
 from trainkit.errors import UsageError
 from trainkit.runs.files import Lock, read_json, whole_lines, write_whole
 from trainkit.runs.mailbox import Mailbox
-from trainkit.runs.reading import read_steps
+from trainkit.runs.reading import PLAN, SUMMARY, read_object, read_steps
 
 PREDECESSOR_SECONDS = 30.0  # to wait for: a rank 0 whose command was killed went on writing for 1.8 s
 LEASE_SECONDS = 120.0  # after which a file server gives up the locks of a node that is gone
@@ -82,7 +82,8 @@ class RunFolder(Mailbox):
         self._write("plan.json", _pretty(plan))
 
     def read_plan(self) -> dict[str, Any]:
-        return json.loads((self.path / "plan.json").read_text("utf-8"))
+        """Raises UsageError where it is missing or damaged."""
+        return read_object(self.path / "plan.json", PLAN, ())
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         self._write("environment.json", _pretty(environment))
@@ -91,8 +92,9 @@ class RunFolder(Mailbox):
         self._write("summary.json", _pretty(summary))
 
     def read_summary(self) -> dict[str, Any] | None:
-        """summary.json; None while the run has not ended."""
-        return read_json(self.path / "summary.json")
+        """summary.json; None while the run has not ended, and of one that was killed. Raises UsageError for a damaged one."""
+        path = self.path / "summary.json"
+        return read_object(path, SUMMARY, ["status"]) if path.exists() else None
 
     def write_worked(self, worked: Mapping[str, Any]) -> None:
         """How long commands have worked on this run (runs/worked.py)."""

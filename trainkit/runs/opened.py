@@ -19,7 +19,7 @@ from trainkit.recipe.schema import Recipe
 from trainkit.runs.compare import planned_bytes
 from trainkit.runs.files import is_locked
 from trainkit.runs.folder import RunFolder
-from trainkit.runs.reading import PLAN, SUMMARY, read_object, read_steps
+from trainkit.runs.reading import read_steps
 from trainkit.units import format_count, format_seconds, gib
 
 if TYPE_CHECKING:
@@ -65,15 +65,14 @@ class Run:
         """None where the run ended before it was written. Raises UsageError for a damaged one, or one of another version."""
         path = self.path / "plan.json"
         try:
-            return Plan.from_json(read_object(path, PLAN, ())) if path.exists() else None
+            return Plan.from_json(self.folder.read_plan()) if path.exists() else None
         except (TypeError, KeyError) as error:
             raise UsageError(f"{path}: of another version of trainkit: {error}") from None
 
     @property
     def summary(self) -> dict[str, Any] | None:
         """None while the run has not ended, and of one that was killed. Raises UsageError for a damaged one."""
-        path = self.path / "summary.json"
-        return read_object(path, SUMMARY, ["status"]) if path.exists() else None
+        return self.folder.read_summary()
 
     @property
     def steps(self) -> pandas.DataFrame:
@@ -242,7 +241,7 @@ def _flat(step: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _progress(steps: pandas.DataFrame, plan: Plan | None) -> dict[str, str]:
-    last, seconds, peaks = steps.iloc[-1], steps["seconds"].sum(), _peaks(steps)
+    last, seconds, peaks = steps.iloc[-1], max(steps["seconds"].sum(), 1e-9), _peaks(steps)
     each = " and ".join(f"{peak:.2f}" for peak in peaks)
     memory = f"{each} GiB, rank by rank" if len(peaks) <= _FEW_RANKS else f"{peaks.max():.2f} GiB on the fullest rank"
     return {
