@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -89,6 +90,16 @@ def test_templates_of_turns_make_a_conversation(make: Make) -> None:
     whole = load_tokenizer(recipe).tokenizer.apply_chat_template(CHAT[:3], tokenize=True, return_dict=False)
     assert rows_of(prepare(recipe).train, "input_ids") == [whole]
     assert learned(recipe) == ["yo<|end|>\n"]
+
+
+def test_a_mark_that_is_special_in_the_vocabulary_alone_ends_a_turn(make: Make) -> None:
+    recipe = make(PLAIN, [{"chat": CHAT}], messages="chat")
+    path = Path(recipe.model.path) / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in settings.items() if "special_tokens" not in key}))
+    tokenizer = load_tokenizer(recipe).tokenizer
+    assert END not in tokenizer.all_special_ids and tokenizer.added_tokens_decoder[END].special
+    assert END in rows_of(prepare(recipe).train, "labels")[0] and EOS not in rows_of(prepare(recipe).train, "labels")[0]
 
 
 def test_a_template_without_an_end_mark_gets_eos(make: Make) -> None:

@@ -146,6 +146,12 @@ def test_a_set_that_is_a_script_is_refused_with_the_way_out(recipe: Make, monkey
         load_rows(recipe(path="Salesforce/wikisql"))
 
 
+def test_a_set_with_script_in_its_name_is_none(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_says(monkeypatch, "load_dataset", ConnectionError("Couldn't reach 'someone/transcripts' on the Hub"))
+    with pytest.raises(DataError, match="someone/transcripts: Couldn't reach"):
+        load_rows(recipe(path="someone/transcripts"))
+
+
 def test_what_the_hub_answers_is_passed_on(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_says(monkeypatch, "load_dataset", ValueError("Config name is missing.\nPlease pick one among: ['cola', 'mrpc']"))
     with pytest.raises(DataError, match=r"nyu-mll/glue: Config name is missing\. Please pick one among: \['cola', 'mrpc'\]"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -305,3 +306,44 @@ def test_a_model_that_mixes_packed_rows_is_refused(llama: Path, tmp_path: Path) 
     one_row = replace(packed([5, 6, 7], [8, 9, 10, 11]), position_ids=torch.arange(9)[None])
     with pytest.raises(DataError, match="packed in front"):  # the fullest sequence comes first, which may be a single row
         check_packing(mixing, one_row)
+
+
+@pytest.mark.parametrize("ids", [{}, {"pad_token_id": 5, "eos_token_id": 1}, {"eos_token_id": [1, 2]}])
+def test_a_class_does_not_depend_on_the_padding(ids: dict[str, Any], tmp_path: Path) -> None:
+    """A decoder's is read at the last token that is not what the tokenizer pads with, whatever its config says."""
+    transformers.LlamaConfig(**LLAMA | {"vocab_size": 300}, **ids).save_pretrained(tmp_path)
+    tiny_tokenizers.make(tmp_path)
+    recipe = recipe_of(tmp_path, "classification")
+    config = load_config(recipe, ["no", "yes"])
+    assert config.pad_token_id == tiny_tokenizers.PAD
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    rows = Ragged.of(np.array([7, 8, 1, 9, 10, 11, 12]), np.array([3, 4]))
+    columns = {"input_ids": rows, "labels": Ragged.of(np.array([0, 1]), np.ones(2, np.int64))}
+    logits = []
+    for width in (8, 16, 24):
+        wire = WireMicroBatch(0, Shape(2, width, 0), np.arange(2), columns, np.arange(2))
+        with torch.no_grad():
+            logits.append(TASKS["classification"].logits(model, Padding("classification", tiny_tokenizers.PAD, eos_id=1).micro_batch(wire)))
+    torch.testing.assert_close(logits[0], logits[1])
+    torch.testing.assert_close(logits[0], logits[2])
+    alone = model(input_ids=torch.tensor([[7, 8, 1]])).logits
+    torch.testing.assert_close(logits[0][:1], alone)
+
+
+def test_a_plan_of_a_classifier_needs_no_tokenizer(tmp_path: Path) -> None:
+    transformers.LlamaConfig(**LLAMA, eos_token_id=[2, 3]).save_pretrained(tmp_path)
+    assert model_facts(recipe_of(tmp_path, "classification")).model_type == "llama"
+
+
+def test_models_whose_flops_would_be_wrong_have_none(tmp_path: Path) -> None:
+    shape = LLAMA | {"head_dim": 4, "query_pre_attn_scalar": 4}
+    half = transformers.T5GemmaModuleConfig(**shape)
+    transformers.T5GemmaConfig(encoder=half, decoder=half, vocab_size=64).save_pretrained(tmp_path / "nested")
+    facts = model_facts(recipe_of(tmp_path / "nested", "seq2seq"))
+    assert facts.matrices is None and facts.num_layers == 4
+    transformers.MistralConfig(**LLAMA, sliding_window=64).save_pretrained(tmp_path / "window")
+    for length, known in ((64, True), (65, False)):
+        recipe = recipe_of(tmp_path / "window", "causal")
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": length})})
+        assert (model_facts(recipe).matrices is not None) == known

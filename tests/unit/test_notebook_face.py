@@ -211,6 +211,8 @@ def test_rows_at_hand_are_written_once_by_their_content(tmp_path: Path) -> None:
     assert save_rows(datasets.Dataset.from_list(ROWS), tmp_path) == save_rows(tuple(ROWS), tmp_path) == folder
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert save_rows(ROWS[:-1], tmp_path) != folder
+    formatted = datasets.Dataset.from_list(ROWS[:-2]).with_format("torch", columns=list(ROWS[0])[:1])
+    assert datasets.load_from_disk(str(save_rows(formatted, tmp_path))).to_list() == ROWS[:-2]
     for rows in (folder, save_rows(frame, tmp_path)):
         assert datasets.load_from_disk(str(rows)).to_list() == ROWS
     splits = datasets.load_from_disk(str(save_rows({"train": frame, "validation": ROWS[:3]}, tmp_path)))

@@ -25,7 +25,7 @@ from trainkit.planning.flops import TrainingFlops
 from trainkit.planning.plan import Plan
 from trainkit.planning.planner import make_plan
 from trainkit.planning.revision import halved, with_micro_batches, without_graphs
-from trainkit.planning.show import batch_equation, fits_table, plan_text, step_equation
+from trainkit.planning.show import batch_equation, plan_text, step_equation
 from trainkit.recipe.zero import SHIPPED, read_zero
 from trainkit.units import GIB, format_bytes
 
@@ -300,9 +300,23 @@ def test_the_printed_plan_says_what_counts() -> None:
 
 
 def test_the_table_of_what_fits_has_every_shipped_configuration() -> None:
-    lines = {line.split()[0]: line for line in printed(fits_table(recipe_of(), t5_large(), gpu(8))).splitlines()[1:]}
+    shown = printed(plan_text(plan_of("zero3_offload", gpu(8)))).partition("what fits")[2]
+    lines = {line.split()[0]: line for line in shown.splitlines() if line.strip().startswith(SHIPPED)}
     assert set(lines) == set(SHIPPED)
     assert "does not fit" in lines["zero0"] and "not" not in lines["zero3_offload"]
+
+
+@pytest.mark.parametrize("gib", [5, 8, 12, 139])
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_the_table_of_what_fits_says_of_each_configuration_what_its_own_plan_says(gib: float, workers: int) -> None:
+    for name in SHIPPED:
+        try:
+            plan = plan_of(name, gpu(gib), scaling={"num_workers": workers})
+        except DoesNotFit as error:
+            assert name not in error.facts["fitting"]
+        else:
+            assert plan.memory is not None
+            assert {fit.name: fit.device for fit in plan.fits}[name] == plan.memory.device_total
 
 
 def test_planning_loads_neither_torch_nor_ray() -> None:

@@ -101,6 +101,31 @@ def test_a_split_is_its_file_else_its_shards_else_its_folder(load: Load, tmp_pat
     assert load(path=str(tmp_path / "b"), train="test/x.jsonl") == ["2"]
 
 
+@pytest.mark.parametrize("names", [("wiki-train", "wiki-test"), ("my_train_1", "my_test_1"), ("Train", "Test"), ("v1.train", "v1.test")])
+def test_a_split_is_also_a_word_in_a_files_name(load: Load, tmp_path: Path, names: tuple[str, str]) -> None:
+    for split, name in zip(("train", "test"), names, strict=True):
+        write(tmp_path / "d" / f"{name}.jsonl", split)
+    assert load(path=str(tmp_path / "d"), eval="test") == ["train"]
+    assert load(path=str(tmp_path / "d"), train="test") == ["test"]
+
+
+@pytest.mark.parametrize("others", [("sql_test",), ("rows-dev-2",), ("more/testing/a",), ("evaluation",)])
+def test_files_of_other_splits_are_not_trained_on(load: Load, tmp_path: Path, others: tuple[str, ...]) -> None:
+    for name in ("sql", *others):
+        write(tmp_path / "d" / f"{name}.jsonl", name)
+    with pytest.raises(DataError, match=r"has no files of a split 'train'; it has .*sql.*Write one of these, or a file of the folder"):
+        load(path=str(tmp_path / "d"))
+    assert load(path=str(tmp_path / "d"), train=str(tmp_path / "d/sql.jsonl")) == ["sql"]
+
+
+def test_a_saved_sets_format_changes_no_row(load: Load, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"q": 3, "other": 1}])
+    for form in ("torch", "numpy", "pandas"):
+        rows.with_format(form, columns=["other"]).save_to_disk(str(tmp_path / form))
+        datasets.DatasetDict(train=rows.with_format(form)).save_to_disk(str(tmp_path / f"{form}-splits"))
+        assert load(path=str(tmp_path / form)) == load(path=str(tmp_path / f"{form}-splits")) == [3]
+
+
 def test_hidden_files_are_no_data(load: Load, tmp_path: Path) -> None:
     write(tmp_path / "d" / "x.jsonl", "1")
     write(tmp_path / "d" / ".x.jsonl", "2")

@@ -103,6 +103,22 @@ def test_rows_without_a_label_left_stay_and_are_reported(make: Make) -> None:
     assert prepared.notes == ["data.train: 2 of 3 rows cut at the limit (row)", "data.train: 1 of 3 rows have no label left"]
 
 
+def test_a_tokenizer_that_cuts_at_the_left_keeps_the_completion(make: Make) -> None:
+    recipe = make(
+        "causal",
+        [{"p": "x" * 9, "c": "yes"}, {"p": "x", "c": "y" * 9}],
+        settings={"truncation_side": "left"},
+        source="{p}",
+        target="{c}",
+        max_length=6,
+    )
+    prepared = prepare(recipe)
+    x, yes, y = (ids(text, recipe) for text in ("x", "yes", "y"))
+    assert rows_of(prepared.train, "input_ids") == [[*x * 2, *yes, EOS], [*y * 5, EOS]]
+    assert rows_of(prepared.train, "labels") == [[-100, -100, *yes, EOS], [*y * 5, EOS]]
+    assert prepared.report["train"].truncated == {"row": 2}
+
+
 def test_no_label_in_any_row_is_an_error(make: Make) -> None:
     with pytest.raises(DataError, match=r"data\.train: no row has a label to learn"):
         prepare(make("causal", [{"p": "x" * 9, "c": "yes"}] * 3, source="{p}", target="{c}", max_length=6))

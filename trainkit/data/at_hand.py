@@ -59,7 +59,7 @@ def _made(rows: Any, name: str) -> Any:
     import pandas
 
     if isinstance(rows, datasets.Dataset):
-        return rows
+        return rows.with_format(None)
     try:
         if isinstance(rows, pandas.DataFrame):
             return datasets.Dataset.from_pandas(rows, preserve_index=False)

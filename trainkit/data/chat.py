@@ -112,8 +112,8 @@ def _applied(tokenizer: Any, conversation: Conversation, number: int, **how: Any
 
 
 def _stopping(tokenizer: Any, ids: list[int], learned: list[bool]) -> Marked:
-    if not ids or not learned[-1] or tokenizer.eos_token_id is None or ids[-1] in tokenizer.all_special_ids:
+    marks = {*tokenizer.all_special_ids, *(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    if not ids or not learned[-1] or tokenizer.eos_token_id is None or ids[-1] in marks:
         return ids, learned
-    marks = set(tokenizer.all_special_ids)
     start = len(learned) - learned[::-1].index(False) if False in learned else 0
     return (ids, learned) if marks & set(ids[start:]) else ([*ids, tokenizer.eos_token_id], [*learned, True])

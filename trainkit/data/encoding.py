@@ -98,7 +98,7 @@ def _completion(recipe: Recipe, tokenizer: Any) -> Form:
             prompt = prompt[:-1] if eos is not None and prompt[-1:] == [eos] else prompt  # the row goes on after the prompt
             completion = completion if eos is None else [*completion, eos]
             marked.append(([*prompt, *completion], [False] * len(prompt) + [True] * len(completion)))
-        return _causal(marked, limit, eos, first)
+        return _causal(tokenizer, marked, limit, eos, first)
 
     return Form((*source.columns, *target.columns), encode)
 
@@ -111,7 +111,7 @@ def _plain_text(recipe: Recipe, tokenizer: Any) -> Form:
     def encode(rows: list[Row], first: int) -> Encoded:
         ids = tokenizer(_texts(text, rows, first), verbose=False)["input_ids"]
         whole = [row if eos is None or row[-1:] == [eos] else [*row, eos] for row in ids]
-        return _causal([(row, [True] * len(row)) for row in whole], limit, eos, first)
+        return _causal(tokenizer, [(row, [True] * len(row)) for row in whole], limit, eos, first)
 
     return Form(tuple(text.columns), encode)
 
@@ -129,7 +129,7 @@ def _chat(recipe: Recipe, tokenizer: Any) -> Form:
 
     def encode(rows: list[Row], first: int) -> Encoded:
         conversations = [conversation(row, number) for number, row in enumerate(rows, start=first)]
-        return _causal(chat.tokenize(tokenizer, conversations, first), limit, None, first)
+        return _causal(tokenizer, chat.tokenize(tokenizer, conversations, first), limit, None, first)
 
     return Form(columns, encode)
 
@@ -233,16 +233,19 @@ def _ending_in_eos(rows: list[list[int]], eos: int | None, limit: int) -> tuple[
     return ended, lacking & np.array([len(row) >= limit for row in rows], dtype=bool)
 
 
-def _causal(rows: list[chat.Marked], limit: int, eos: int | None, first: int) -> Encoded:
-    """Labels where learned. A row over the limit is cut; if its last token is then learned it becomes `eos`, unless that is None."""
+def _causal(tokenizer: Any, rows: list[chat.Marked], limit: int, eos: int | None, first: int) -> Encoded:
+    """Labels where learned. A row over the limit is cut on the tokenizer's side; if its last token goes and the one that is then last is
+    learned, that becomes `eos`, unless it is None."""
     _check_not_empty([ids for ids, _ in rows], first)
     out = Encoded({"input_ids": [], "labels": []}, [], {"row": 0})
     for ids, learned in rows:
         labels = [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
         if len(ids) > limit:
-            ids, labels = ids[:limit], labels[:limit]
+            at_the_left = tokenizer.truncation_side == "left"
+            kept = slice(-limit, None) if at_the_left else slice(limit)
+            ids, labels = ids[kept], labels[kept]
             out.truncated["row"] += 1
-            if eos is not None and labels[-1] != IGNORED:
+            if eos is not None and not at_the_left and labels[-1] != IGNORED:
                 ids[-1] = labels[-1] = eos
         out.columns["input_ids"].append(ids)
         out.columns["labels"].append(labels)

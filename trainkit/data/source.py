@@ -8,6 +8,7 @@ local, one that looks like a path and does not exist is an error, anything else 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from trainkit.recipe.schema import Recipe
 
 _HELD_OUT = 0x0E7A1  # keeps the held-out rows apart from the sample order, which has the same seed
 _SPLIT = re.compile(r"\s*([^\[\]+]+?)\s*(\[.*)?\s*")
-_OTHER_SPLITS = {"validation", "valid", "val", "dev", "eval", "test"}
+_OTHER_SPLITS = {"validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing"}
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
-    """A folder's files of a split: <split>.jsonl, else <split>-*.jsonl and the like or those in a folder <split>; or a file's own name.
+    """A folder's files of a split: <split>.jsonl, else <split>-*.jsonl and the like or those in a folder <split>, else those that have it
+    as a word somewhere, such as wiki-<split>.jsonl; or a file's own name.
 
     A folder whose files name no split is the split train.
     """
@@ -178,19 +180,28 @@ def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
     named = [file for file in files if split in (inside[file].as_posix(), stem_of(file))]
     if not named:
         named = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.name) or split in inside[file].parts[:-1]]
+    words = {
+        file: {word for part in (*name.parts[:-1], stem_of(file)) for word in re.split(r"[-_. ]", part.lower())}
+        for file, name in inside.items()
+    }
+    if not named:
+        named = [file for file in files if split.lower() in words[file]]
     if named:
         return _once(named, key)
-    names = sorted({re.split(r"[-_.]", file.name)[0] for file in files} | {part for file in files for part in inside[file].parts[:-1]})
-    if split == "train" and not _OTHER_SPLITS & set(names):
+    if split == "train" and not any(_OTHER_SPLITS & words[file] for file in files):
         return _once(files, key)
-    raise DataError(f"{key}: {folder} has no files of a split {split!r}; it has {', '.join(names)}")
+    names = sorted({re.split(r"[-_.]", file.name)[0] for file in files} | {part for file in files for part in inside[file].parts[:-1]})
+    raise DataError(
+        f"{key}: {folder} has no files of a split {split!r}; it has {', '.join(names)}. Write one of these, or a file of the folder"
+    )
 
 
 def _once(files: list[Path], key: str) -> list[Path]:
+    times = Counter(files)
     for file in files:
-        if files.count(file) > 1:
+        if times[file] > 1:
             raise DataError(f"{key}: {file} is named twice, and its rows would count twice: name it once")
-        if file.suffix == ".gz" and file.with_suffix("") in files:
+        if file.suffix == ".gz" and file.with_suffix("") in times:
             raise DataError(f"{key}: {file} and {file.with_suffix('').name} are the same rows twice: remove one of them")
     return files
 
@@ -221,11 +232,11 @@ def _from_disk(folder: Path, split: str, key: str) -> Any:
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DataError(f"{key}: {folder} has no split {split!r}; it has {', '.join(saved)}")
-        return saved[split]
+        return saved[split].with_format(None)  # a set is saved with its set_format, which makes tensors of rows
     if split != "train":
         way_out = "; write a held-out fraction such as 0.1, or null" if key == "data.eval" else ""
         raise DataError(f"{key}: {folder} holds one set, which is the split train; there is no {split!r}{way_out}")
-    return saved
+    return saved.with_format(None)
 
 
 def _from_hub(recipe: Recipe, how: str, **more: Any) -> Any:
@@ -235,7 +246,7 @@ def _from_hub(recipe: Recipe, how: str, **more: Any) -> Any:
     try:
         return getattr(datasets, how)(recipe.data.path, recipe.data.name, revision=recipe.data.revision, **more)
     except Exception as error:
-        if "script" in str(error).lower():
+        if "scripts are no longer supported" in str(error):
             raise DataError(
                 f"data.path: {recipe.data.path}: this hub set is a script, which datasets 5 does not run. "
                 "Prepare a folder of files instead; for WikiSQL scripts/prepare_wikisql does it"

@@ -63,7 +63,7 @@ def make_plan(
     flat = not_flat is None and not decides_on_host(model)
     if model is not None and flat:
         memory = model_state_bytes(model, zero, world_size, recipe.model.precision, ds_config, flat=True)
-        if hardware.memory_bytes is not None and memory.device_total > hardware.memory_bytes:
+        if _exceeds(memory, hardware):
             no_graphs, flat = f"with them the model states take {format_bytes(memory.device_total)} per GPU", False
             memory = plain
     if no_graphs is not None and recipe.model.cuda_graphs:
@@ -141,10 +141,18 @@ def shipped_fits(recipe: Recipe, model: ModelFacts | None, hardware: Hardware) -
 
 def _fit(recipe: Recipe, zero: ZeroConfig, model: ModelFacts, hardware: Hardware) -> Fit:
     world_size, precision = _world_size(recipe), recipe.model.precision
-    memory = model_state_bytes(model, zero, world_size, precision, resolve(recipe, zero, model, world_size, hardware))
+    ds_config = resolve(recipe, zero, model, world_size, hardware)
+    memory = model_state_bytes(model, zero, world_size, precision, ds_config)
+    if what_keeps_deepspeeds_step(recipe, zero, ds_config, hardware) is None and not decides_on_host(model):
+        flat = model_state_bytes(model, zero, world_size, precision, ds_config, flat=True)
+        memory = memory if _exceeds(flat, hardware) else flat
     row = row_tokens(recipe) * _bytes_per_token(recipe, model)
     room = None if hardware.memory_bytes is None else _room(hardware.memory_bytes, memory)
     return Fit(zero.name, memory.device_total, memory.host_total, row, None if room is None else row <= room)
+
+
+def _exceeds(memory: Memory, hardware: Hardware) -> bool:
+    return hardware.memory_bytes is not None and memory.device_total > hardware.memory_bytes
 
 
 def _world_size(recipe: Recipe) -> int:
@@ -181,7 +189,7 @@ def _check_steps(recipe: Recipe, steps: _Steps) -> None:
 
 
 def _check_capacity(zero: ZeroConfig, memory: Memory | None, fits: tuple[Fit, ...], world_size: int, hardware: Hardware) -> None:
-    if memory is None or hardware.memory_bytes is None or memory.device_total <= hardware.memory_bytes:
+    if memory is None or hardware.memory_bytes is None or not _exceeds(memory, hardware):
         return
     parts = ", ".join(f"{category} {format_bytes(memory.device[category])}" for category in CATEGORIES)
     fitting = [f"{fit.name} ({format_bytes(fit.device)} per GPU, {format_bytes(fit.host)} host)" for fit in fits if fit.fits]

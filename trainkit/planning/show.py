@@ -8,12 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from trainkit.planning.facts import Hardware, ModelFacts
 from trainkit.planning.memory import CATEGORIES, Memory
 from trainkit.planning.plan import Fit, Plan
-from trainkit.planning.planner import shipped_fits
 from trainkit.planning.speed import UNUSED_WHEN_FLAT
-from trainkit.recipe.schema import Recipe
 from trainkit.units import format_bytes, format_count
 
 UNKNOWN = "unknown"
@@ -29,11 +26,6 @@ def plan_text(plan: Plan) -> RenderableType:
         parts.append(Text("  what fits: unknown, as the GPU's memory is; --gpu-memory 80GiB plans for such a GPU", style="yellow"))
     parts += [Text(f"note: {note}", style="yellow") for note in plan.notes]
     return Group(*parts)
-
-
-def fits_table(recipe: Recipe, model: ModelFacts | None, hardware: Hardware) -> RenderableType:
-    """What each shipped ZeRO configuration takes on this recipe's workers, and whether it fits the hardware's memory."""
-    return _fits(shipped_fits(recipe, model, hardware))
 
 
 def batch_equation(plan: Plan) -> str:

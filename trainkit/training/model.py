@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from trainkit.data.encoding import limits
+from trainkit.data.tokenizer import load_tokenizer
 from trainkit.errors import DataError, first_line
 from trainkit.planning.facts import Matrices, ModelFacts, Parameter
 from trainkit.planning.memory import BIASED_ATTENTION
@@ -30,7 +32,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 Gathered = Callable[[torch.nn.Parameter], AbstractContextManager[Any]]
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how transformers' configs call them
 _SHARED_LAYERS = ("albert", "zamba", "zamba2")  # a weight multiplies a token many times
-_OTHER_ATTENTION = ("deberta", "deberta-v2")  # disentangled: positions are attended to as well
+_OTHER_ATTENTION = (  # disentangled: positions are attended to as well; or to what is near only
+    *("deberta", "deberta-v2"),
+    *("longt5", "longformer", "led", "big_bird", "bigbird_pegasus", "modernbert"),
+)
 _UNUSED = re.compile(r"(^|\.)original_module(\.|$)")  # what peft trains a copy of (modules_to_save)
 _OF_THE_SOURCE = re.compile(r"(EncDecAttention|encoder_attn|cross_?attention|cross_attn)\.(k|v|key|value)(_proj)?\b")
 _ONCE_A_ROW = re.compile(r"(^|\.)(pooler|classifier|classification_head|score)(\.|$)")
@@ -55,9 +60,23 @@ def load_config(recipe: Recipe, label_names: Sequence[str] | None = None) -> Any
         raise DataError(f"model.path: {recipe.model.path}: no transformers config can be read: {first_line(error)}") from None
     if type(config) not in TASKS[recipe.model.task].auto_class._model_mapping:
         raise DataError(f"model.task: {recipe.model.task}: {recipe.model.path} is a {config.model_type} model, which has no such head")
-    if config.pad_token_id is None and recipe.model.task == "classification":
-        config.pad_token_id = config.eos_token_id  # the head looks for the last token that is not padding
+    if recipe.model.task == "classification" and _reads_last_token(config):
+        config.pad_token_id = _padding_id(recipe, config)
     return config
+
+
+def _reads_last_token(config: Any) -> bool:
+    """Whether a head that classifies looks for the last token that is not padding, as those of decoders do."""
+    return not config.is_encoder_decoder and type(config) not in transformers.AutoModelForMaskedLM._model_mapping
+
+
+def _padding_id(recipe: Recipe, config: Any) -> int:
+    """What the tokenizer pads rows with, so that the class does not depend on the padding; a plan may do without a tokenizer."""
+    try:
+        return int(load_tokenizer(recipe).tokenizer.pad_token_id)
+    except DataError:
+        known = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+        return next((token for token in known if isinstance(token, int)), 0)
 
 
 def model_facts(recipe: Recipe, label_names: Sequence[str] | None = None) -> ModelFacts:
@@ -79,21 +98,28 @@ def model_facts(recipe: Recipe, label_names: Sequence[str] | None = None) -> Mod
         attn_implementation=str(base_model(model).config._attn_implementation),
         decides_on_host=_has_experts(text) or any(value for name, value in config.to_dict().items() if name.endswith("layerdrop")),
         waits_for_device=waits_for_device(model, recipe.model.task),
-        matrices=_matrices(base_model(model), config, recipe.model.task),
+        matrices=None if _has_short_window(text, recipe) else _matrices(base_model(model), config, recipe.model.task),
     )
+
+
+def _has_short_window(text: Any, recipe: Recipe) -> bool:
+    """Whether a token attends to fewer than a row's."""
+    window = getattr(text, "sliding_window", None)
+    return window is not None and window < max(limits(recipe).values())
 
 
 def _matrices(model: Any, config: Any, task: str) -> Matrices | None:
     """None where a token does not meet each weight of a linear layer once, or where other work than theirs and common attention's matters.
 
     That are experts, of which a token sees few; layers that share weights; disentangled attention, and models without heads (Mamba); an
-    encoder-decoder that classifies, whose decoder reads the source once more; and weights of other kinds (over 1 %).
+    encoder-decoder that classifies, whose decoder reads the source once more, or whose halves have configurations of their own; and
+    weights of other kinds (over 1 %).
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if not heads or _has_experts(text) or config.model_type in _SHARED_LAYERS + _OTHER_ATTENTION:
         return None
-    if config.is_encoder_decoder and task == "classification":
+    if config.is_encoder_decoder and (task == "classification" or getattr(config, "encoder", None) is not None):
         return None
     encoder = {id(module) for module in model.get_encoder().modules()} if config.is_encoder_decoder else set()
     counts = {"source": 0, "target": 0, "source_trained": 0, "target_trained": 0}
@@ -126,7 +152,8 @@ def _decoder_layers(config: Any) -> int:
     if not config.is_encoder_decoder:
         return 0
     text: Any = config.get_text_config()
-    return getattr(text, "num_decoder_layers", 0) or getattr(text, "decoder_layers", 0)
+    half = getattr(config, "decoder", None)  # with a configuration of its own
+    return getattr(text, "num_decoder_layers", 0) or getattr(text, "decoder_layers", 0) or getattr(half, "num_hidden_layers", 0)
 
 
 def write_first_weights(recipe: Recipe, path: Path, label_names: Sequence[str] | None = None) -> Path | None:

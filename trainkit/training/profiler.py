@@ -45,11 +45,9 @@ class Profiler(NoProfiler):
         return self.running and step == self.window.start + self.window.steps - 1
 
     def ends(self, step: int) -> None:
-        """Called after a step, before an evaluation or a checkpoint, which are no part of it."""
+        """Called after a step, before an evaluation or a checkpoint, which is no part of it; between steps of the window it is traced."""
         self._end_range()
-        if step == self.window.start - 1:
-            self._start()  # not in the step: that takes a second
-        elif self.is_last(step):
+        if self.is_last(step):
             self._write()
 
     def close(self) -> None:
