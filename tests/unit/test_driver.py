@@ -63,7 +63,9 @@ def test_a_run_goes_on_without_graphs_that_failed(tmp_path: Path, error: Trainki
     assert run.plan.cuda_graphs
     run._restart_or_raise(error, None)
     plan = run._plan_on([NODE])
-    assert plan.no_graphs is not None and "failed before" in plan.no_graphs and replace(plan, no_graphs=without.no_graphs) == without
+    assert plan.no_graphs is not None and "failed before" in plan.no_graphs
+    assert replace(plan, no_graphs=without.no_graphs, fits=without.fits) == without
+    assert [fit for fit in plan.fits if fit.name == "zero1"] == [fit for fit in without.fits if fit.name == "zero1"]
     assert run.folder.read_plan()["cuda_graphs"] is False
     assert error.message in told(run) and "going on without CUDA graphs" in told(run) and "of 2 workers" not in told(run)
     assert run.folder.failures()[-1]["of_graphs"]

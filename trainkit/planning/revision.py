@@ -90,7 +90,11 @@ def without_graphs(plan: Plan, why: str) -> Plan:
     """The same plan with forward, backward and the optimizer step as DeepSpeed does them."""
     if not plan.flat:
         return plan
-    return replace(plan, flat=False, cuda_graphs=False, no_graphs=why, memory=plan.memory_as_deepspeed, memory_as_deepspeed=None)
+    memory, fits = plan.memory_as_deepspeed, plan.fits
+    if memory is not None:
+        device, host = memory.device_total, memory.host_total
+        fits = tuple(replace(fit, device=device, host=host) if fit.name == plan.zero_name else fit for fit in fits)
+    return replace(plan, flat=False, cuda_graphs=False, no_graphs=why, memory=memory, memory_as_deepspeed=None, fits=fits)
 
 
 def _work(rows: int, source: int, target: int) -> Work:
