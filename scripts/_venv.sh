@@ -1,6 +1,7 @@
 # Sourced by the other scripts: makes .venv, installs into it once, and activates it.
 # A second call installs nothing: .venv/.installed holds a hash of the files that decide what is installed.
 
+started_in=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 fail() {

@@ -30,14 +30,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; with --resume also a run folder.", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)]
+RecipeOrRun = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; with --resume also a run folder.", show_default=False)]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; repeatable.")]
 Runs = Annotated[Path | None, typer.Option("--runs", metavar="DIR", help="Folder of the run folders; overrides run.storage_path.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def run(
-    recipe: RecipeFile,
+    recipe: RecipeOrRun,
     overrides: Overrides = [],  # noqa: B006  # typer copies it
     name: Annotated[str | None, typer.Option("--name", help="Name of the run folder instead of <recipe's name>-<n>.")] = None,
     runs: Runs = None,
@@ -166,7 +167,8 @@ def command(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _with_runs(overrides: list[str], runs: Path | None) -> list[str]:
-    return overrides if runs is None else [*overrides, f"run.storage_path={json.dumps(str(runs.absolute()))}"]
+    """The shell leaves ~ as it is in --runs=~/x; the recipe's reader does not."""
+    return overrides if runs is None else [*overrides, f"run.storage_path={json.dumps(str(runs), ensure_ascii=False)}"]
 
 
 def _size(text: str) -> int:

@@ -291,6 +291,8 @@ def steps_of(*peaks: list[float]) -> list[dict[str, Any]]:
         ("notes.txt", "a file. Name run folders"),
         ("no-such-*", "no run folder matches"),
         ("", "'' is no folder. Name run folders"),
+        ("**x", "no run folders can be looked for there: Invalid pattern"),
+        ("x" * 300, "no run folders can be looked for there: File name too long"),
     ],
 )
 def test_what_is_no_run_is_one_message(named: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import textwrap
 from pathlib import Path
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainkit.errors import RecipeError
-from trainkit.recipe.checks import all_keys, field_of
-from trainkit.recipe.habits import _SAME_VALUE
-from trainkit.recipe.reader import read_recipe, recipe_to_yaml
+from trainkit.recipe.document import Document, Place
+from trainkit.recipe.fields import accepts, all_keys, field_of
+from trainkit.recipe.habits import _SAME_VALUE, habit_answer
+from trainkit.recipe.reader import read_recipe, read_values, recipe_to_yaml
 
 ROOT = Path(__file__).parents[2]
 SEQ2SEQ = """\
@@ -170,7 +172,6 @@ def test_a_learning_rate_is_a_finite_positive_number(folder: Path, number: str) 
         (["data.source=['{a}', '{b}']"], "only for classification"),
         (["model.task=classification", "data.source=['{a}']"], "exactly two templates, given 1"),
         (["data.packing=true"], "only for causal"),
-        (["batch.joint_shapes=true", "model.task=classification", "data.target='{a}'"], "not for classification, which has no CUDA graphs"),
         (["batch.joint_shapes=true", "model.task=causal", "data.packing=true"], "not with data.packing"),
         (["model.compile=blocks", "train.deterministic=true"], "another kernel each time"),
         (["model.gradient_checkpointing=selective", "model.compile=false"], "compiled blocks, and model.compile: false has none"),
@@ -325,6 +326,21 @@ def test_the_batch_of_another_tool_is_one_number(folder: Path) -> None:
         ("zero_stage: 2", "write zero: zero2"),
         ("optim: adafactor", "write optimizer.name: adamw"),
         ("max_samples: 100", "train[:1000]"),
+        ("train_batch_size: 96", "write batch.samples: 96"),
+        ("val_set_size: 0", "write data.eval: null"),
+        ("val_set_size: 100", "write data.eval: text or a number above 0 and below 1 or null, not 100"),
+        ("flash_attention: false", "write model.attn_implementation: null"),
+        ("lr_scheduler: cosine_with_restarts", 'write optimizer.lr_scheduler_type: linear, cosine or constant, not "cosine_with_restarts"'),
+        ("max_train_steps: -1", "leave it out"),
+        ("gradient_clipping: null", "write optimizer.max_grad_norm: 0"),
+        ("lora_alpha: 16.0", "write model.lora.lora_alpha: 16"),
+        ("num_gpus: auto", 'not "auto"'),
+        ("zero_stage: '2'", "write zero: zero2"),
+        ("zero_stage: true", "write zero: zero0, zero1, zero2 or zero3"),
+        ("deepspeed: 3", "write zero: zero3"),
+        ("bf16: 'true'", "write model.precision: bf16"),
+        ("train_file: 'a b.jsonl'", 'write data.train: "a b.jsonl"'),
+        ("dataset_config_name: '2016'", 'write data.name: "2016"'),
         ("seed: 1", "did you mean train.seed?"),
         ("frobnicate: 1", "known here: name, model"),
     ],
@@ -344,6 +360,62 @@ def test_a_habit_answers_for_the_key_that_is_missing(folder: Path) -> None:
 def test_answers_name_keys_that_exist() -> None:
     for target in _SAME_VALUE.values():
         assert target in all_keys() and field_of(tuple(target.split("."))) is not None
+
+
+STRANGE = (
+    True, False, None, -1, 0, 1, 2, 0.5, 2.0, 1e-5, "auto", "no", "2",
+    "true", "null", "a b", "x: y", "~", "[a]", "{a}", "é", "a#b", "", [], {}, "cosine", "fp16", "adamw_torch",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*_SAME_VALUE, "zero_stage", "bf16", "torch_dtype", "max_seq_length", "adam_beta1", "optim", "adapter"])
+def test_the_line_that_an_answer_names_is_taken(folder: Path, name: str) -> None:
+    """Of whatever stood there; and it then is what was meant, or the answer names no value."""
+    answered = 0
+    for value in STRANGE:
+        wish = Document("wish.yaml", {name: value}, {(name,): Place("wish.yaml", 1)})
+        answer = habit_answer(wish, (name,))
+        assert answer is not None
+        line = re.fullmatch(r"write ([a-z_.]+): (.*)", answer)
+        if line and ", not " not in answer and " or " not in answer:
+            answered += 1
+            field, file = field_of(tuple(line[1].split("."))), write(folder, f"value: {line[2]}\n")
+            assert field is not None and accepts(field, read_values(file)["value"]), answer
+    assert answered
+
+
+def test_what_yaml_would_leave_out_of_a_change_is_asked_for_in_quotes(folder: Path) -> None:
+    path = write(folder)
+    assert faults(path, "data.source={question} # {table}") == [
+        "--set data.source={question} # {table}: data.source: in YAML # {table} is a comment: quote the value, "
+        """--set 'data.source="{question} # {table}"'"""
+    ]
+    assert "is a comment" in faults(path, "model.path=#mine")[0]
+    assert read_recipe(path, ['data.source="{question} # {table}"']).data.source == "{question} # {table}"
+    assert read_recipe(path, ["data.source=ask#{question}"]).data.source == "ask#{question}"
+
+
+def test_a_template_without_quotes_is_told_of_them(folder: Path) -> None:
+    path = write(folder)
+    assert faults(path, "data.target={text}")[0].endswith(
+        """in YAML a brace begins a mapping: quote it, "{text}", and for the shell as well: --set 'data.target="{text}"'"""
+    )
+    unquoted = write(folder, SEQ2SEQ.replace('"{sql}"', "{sql}"), "unquoted.yaml")
+    assert faults(unquoted)[0].endswith('in YAML a brace begins a mapping: quote it, "{sql}"')
+    assert 'quote it, ["{a}", "b {c}"]' in faults(path, "data.source=[{a}, 'b {c}']")[0]
+    assert "expected text or null, given" in faults(path, "data.target={a: 1}")[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("run.storage_path=~nobody-at-all/x", "run.storage_path: ~nobody-at-all/x: ~ stands for a home folder, and this user has none"),
+        (f"data.name={'x' * 300}", "belongs to a set of the hub"),
+        (f"name={'x' * 129}", "cannot name a run folder: write up to 128 letters"),
+    ],
+)
+def test_names_that_the_file_system_refuses_are_faults(folder: Path, change: str, said: str) -> None:
+    assert said in faults(write(folder), "data.path=.", change)[0]
 
 
 def test_set_is_checked_like_the_file(folder: Path) -> None:

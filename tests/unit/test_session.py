@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trainkit.cluster.session import Head, end_processes, environment, environment_settings, job_environment
-from trainkit.errors import TrainingError
+from trainkit.cluster.session import Head, cluster_address, end_processes, environment, environment_settings, job_environment
+from trainkit.errors import TrainingError, UsageError
 from trainkit.recipe.reader import read_recipe
 
 QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"
@@ -87,3 +88,18 @@ def test_the_end_does_not_wait_for_those_that_nobody_takes_note_of() -> None:
         for parent in parents:
             parent.kill()
             parent.communicate()
+
+
+@pytest.mark.parametrize("address", ["a..b:1", f"{'x' * 300}:1", "[::1]:1", "127.0.0.1:1", "127.0.0.1:99999"])
+def test_an_address_where_nobody_answers_is_named_as_it_was_given(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"--address {address}: nobody answers there")):
+        cluster_address(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UsageError, match=re.escape(f"RAY_ADDRESS {address}: nobody answers there")):
+        cluster_address(None)
+
+
+@pytest.mark.parametrize("address", ["nowhere", ":6379", "ray://head:10001", "head:²"])
+def test_what_is_no_address_is_told_what_one_looks_like(address: str) -> None:
+    with pytest.raises(UsageError, match=r"write the head node as host:port"):
+        cluster_address(address)

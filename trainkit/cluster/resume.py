@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from trainkit.errors import CaptureError, RecipeError, UsageError
+from trainkit.recipe.document import dotted
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Profile, Recipe
 from trainkit.runs.copying import make_again
@@ -49,7 +49,7 @@ def resumed_recipe(folder: RunFolder, recipe: Recipe) -> Recipe:
     Raises UsageError naming each changed key that defines the training.
     """
     before = _began_with(folder)
-    old, new = _flat(before.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    old, new = dotted(before.model_dump(mode="json")), dotted(recipe.model_dump(mode="json"))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_layout(key)]
     if changed:
         listed = "\n".join(f"  {key}: began with {old.get(key)}, is now {new.get(key)}" for key in changed)
@@ -115,10 +115,3 @@ def _is_unfinished(folder: RunFolder) -> bool:
 
 def _is_layout(key: str) -> bool:
     return any(key == layout or key.startswith(f"{layout}.") for layout in LAYOUT)
-
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in mapping.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return out

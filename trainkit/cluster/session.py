@@ -38,15 +38,13 @@ def cluster_address(address: str | None) -> str | None:
     given = address or os.environ.get("RAY_ADDRESS") or "local"
     if given in ("local", "auto"):
         return None if given == "local" else given
-    host, _, port = given.rpartition(":")
-    if not host or not port.isdigit() or "/" in host:
-        raise UsageError(
-            f"--address {given}: write the head node as host:port, for example 10.0.0.1:6379, or auto for the cluster of this machine"
-        )
+    said, (host, _, port) = f"{'--address' if address else 'RAY_ADDRESS'} {given}", given.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise UsageError(f"{said}: write the head node as host:port, for example 10.0.0.1:6379, or auto for the cluster of this machine")
     try:
-        socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS).close()
-    except OSError as error:
-        raise UsageError(f"--address {given}: nobody answers there: {error.strerror or error}") from None
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
+    except (OSError, UnicodeError, OverflowError) as error:  # no name of a host, no port
+        raise UsageError(f"{said}: nobody answers there: {getattr(error, 'strerror', None) or error}") from None
     return given
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from trainkit.errors import Fault
 from trainkit.recipe.combinations import MISSING, combination_faults
 from trainkit.recipe.document import Document, KeyPath, did_you_mean, nearest, shown
+from trainkit.recipe.fields import accepts, all_keys, expected, field_of, fields_of, item_fields_of
 from trainkit.recipe.habits import answered_keys, habit_answer
 from trainkit.recipe.schema import Recipe
 
@@ -69,34 +69,6 @@ def check_recipe(document: Document) -> tuple[Recipe | None, View]:
     return recipe, view
 
 
-def fields_of(annotation: Any) -> dict[str, FieldInfo]:
-    """The keys of a section's type; empty for anything that is no section."""
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return part.model_fields
-    return {}
-
-
-def item_fields_of(annotation: Any) -> dict[str, FieldInfo]:
-    """The keys of the sections in a list; empty for anything else."""
-    lists = (part for part in (annotation, *get_args(annotation)) if get_origin(part) is list)
-    return next((fields for part in lists if (fields := fields_of(get_args(part)[0]))), {})
-
-
-def field_of(path: KeyPath) -> FieldInfo | None:
-    """The field of a key; an item of a list of sections, which stands by its number, has the list's."""
-    fields, field = Recipe.model_fields, None
-    for key in path:
-        if field is not None and key.isdecimal() and item_fields_of(field.annotation):
-            fields = item_fields_of(field.annotation)
-            continue
-        field = fields.get(key)
-        if field is None:
-            return None
-        fields = {} if get_origin(field.annotation) is list else fields_of(field.annotation)
-    return field
-
-
 def _key_of(location: tuple[int | str, ...]) -> KeyPath:
     """The recipe key of a pydantic location, which also names the members of unions and the items of lists."""
     path: KeyPath = ()
@@ -135,6 +107,11 @@ def _fault_of(document: Document, path: KeyPath, absent: bool) -> Iterator[Fault
         yield document.fault(
             path, f"expected a mapping of {', '.join(item_fields_of(field.annotation))}, given {shown(document.get(path))}"
         )
+    elif braced := _braced(document.get(path), field):
+        way_out = f"in YAML a brace begins a mapping: quote it, {shown(braced)}"
+        if document.place(path).file.startswith("--set "):
+            way_out = f"{way_out}, and for the shell as well: --set '{'.'.join(path)}={shown(braced)}'"
+        yield document.fault(path, way_out)
     else:
         yield document.fault(path, f"expected {expected(field.annotation, field.metadata)}, given {_given(document.get(path), field)}")
 
@@ -153,47 +130,6 @@ def _unknown(path: KeyPath, value: Any) -> str:
     return f"unknown key; known here: {', '.join(siblings)}"
 
 
-def all_keys() -> list[str]:
-    """Every key of the schema, dotted."""
-    keys: list[str] = []
-    for name, field in Recipe.model_fields.items():
-        keys.append(name)
-        for inner, deep in fields_of(field.annotation).items():
-            keys.append(f"{name}.{inner}")
-            keys += [f"{name}.{inner}.{last}" for last in (fields_of(deep.annotation) if name == "model" else ())]
-    return keys
-
-
-def expected(annotation: Any, metadata: Any = ()) -> str:
-    """A type and its bounds in words."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return expected(arguments[0], [bound for part in arguments[1:] for bound in getattr(part, "metadata", [part])])
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(expected(part, metadata) for part in arguments))
-    if origin is Literal:
-        return " or ".join(", ".join(str(item) for item in arguments).rsplit(", ", 1))
-    if origin is list:
-        exactly = next((f" of exactly {bound.max_length}" for bound in metadata if hasattr(bound, "max_length")), "")
-        return f"a list{exactly} ({expected(arguments[0])} each)"
-    if origin is dict:
-        return "a mapping" if arguments[1] is Any else f"a mapping (each value {expected(arguments[1])})"
-    if fields_of(annotation):
-        return f"a mapping of {', '.join(fields_of(annotation))}"
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
-    return words.get(annotation, "a value") + (_bounds(metadata) if annotation in (int, float) else "")
-
-
-def _bounds(metadata: Any) -> str:
-    words = []
-    for bound in metadata:
-        words += [f"above {bound.gt}"] if hasattr(bound, "gt") else []
-        words += [f"of at least {bound.ge}"] if hasattr(bound, "ge") else []
-        words += [f"below {bound.lt}"] if hasattr(bound, "lt") else []
-        words += [f"of at most {bound.le}"] if hasattr(bound, "le") else []
-    return " " + " and ".join(words) if words else ""
-
-
 def _given(value: Any, field: FieldInfo) -> str:
     if isinstance(value, str) and field.annotation is bool:
         return f"{shown(value)}: write true or false"
@@ -203,6 +139,15 @@ def _given(value: Any, field: FieldInfo) -> str:
         str(item) for part in (field.annotation, *get_args(field.annotation)) if get_origin(part) is Literal for item in get_args(part)
     ]
     return shown(value) + (did_you_mean(value, literals) if isinstance(value, str) else "")
+
+
+def _braced(value: Any, field: FieldInfo) -> Any:
+    """The text that was meant by {column} without quotes, or a list of such texts; None for anything else."""
+    if isinstance(value, list):
+        texts = [item if isinstance(item, str) else _braced(item, field) for item in value]
+        return texts if texts != value and all(isinstance(text, str) for text in texts) else None
+    columns = isinstance(value, dict) and len(value) == 1 and [*value.values()] == [None]
+    return f"{{{next(iter(value))}}}" if columns and accepts(field, "text") else None
 
 
 def _not_finite(value: Any, path: KeyPath) -> Iterator[KeyPath]:

@@ -11,6 +11,7 @@ from trainkit.recipe.document import Place, did_you_mean, shown
 from trainkit.recipe.habits import answered_keys
 from trainkit.recipe.wording import path_of, pieces_of
 from trainkit.runs.copies import fault_of
+from trainkit.runs.folder import NAME, NAMES
 
 if TYPE_CHECKING:
     from trainkit.recipe.checks import View
@@ -47,22 +48,22 @@ def combination_faults(view: View) -> None:
 
 def _name(view: View) -> None:
     name = view.value("name")
-    if name is not MISSING and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+    if name is not MISSING and NAME.fullmatch(name) is None:
         own = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")
         way_out = "" if ("name",) in view.document.places else f"; the file is named so, write name: {own or 'mine'} in it"
-        view.fault("name", f"{shown(name)} cannot name a run folder: letters, digits, '.', '_' and '-', not starting with '.'{way_out}")
+        view.fault("name", f"{shown(name)} cannot name a run folder: {NAMES}{way_out}")
 
 
 def _paths(view: View) -> None:
-    for key in ("model.path", "data.path"):
-        path = view.value(key)
+    model, data = view.value("model.path"), view.value("data.path")
+    for key, path in (("model.path", model), ("data.path", data)):
         if path is not MISSING and (not path or not all(part.strip() for part in ([path] if isinstance(path, str) else path))):
             view.fault(key, "is empty: write a hub id or a path")
-    if view.given("model.revision") and view.value("model.revision") is not MISSING and _is_here(view.value("model.path")):
+    if view.given("model.revision") and view.value("model.revision") is not MISSING and _is_here(model):
         view.fault("model.revision", "belongs to a model of the hub, and model.path is on this machine: leave it out")
     for key in ("data.name", "data.revision"):
-        if view.given(key) and view.value(key) is not MISSING and _is_here(path):
-            view.fault(key, "belongs to a set of the hub, and data.path is on this machine: leave it out" + _inside(path, view.value(key)))
+        if view.given(key) and view.value(key) is not MISSING and _is_here(data):
+            view.fault(key, "belongs to a set of the hub, and data.path is on this machine: leave it out" + _inside(data, view.value(key)))
 
 
 def _is_here(path: Any) -> bool:
@@ -71,7 +72,11 @@ def _is_here(path: Any) -> bool:
 
 
 def _inside(folder: Any, name: str) -> str:
-    return f", and write data.path: {folder}/{name}" if isinstance(folder, str) and (Path(folder) / name).is_dir() else ""
+    try:
+        inside = isinstance(folder, str) and (Path(folder) / name).is_dir()
+    except (OSError, ValueError):  # no name of a folder
+        inside = False
+    return f", and write data.path: {folder}/{name}" if inside else ""
 
 
 def _length(view: View) -> None:
@@ -98,8 +103,6 @@ def _batch(view: View) -> None:
 
 
 def _joint_shapes(view: View) -> None:
-    if view.value("batch.joint_shapes") is True and view.value("model.task") == "classification":
-        view.fault("batch.joint_shapes", "not for classification, which has no CUDA graphs: write null")
     if view.value("batch.joint_shapes") is True and view.value("data.packing") is True:
         view.fault("batch.joint_shapes", "not with data.packing, whose sequences are filled to one length: write null")
 

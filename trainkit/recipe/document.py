@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +89,14 @@ def _key_paths(value: Any, path: KeyPath) -> Iterator[KeyPath]:
     inner = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
     for key, item in inner.items():
         yield from _key_paths(item, (*path, str(key)))
+
+
+def dotted(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Sections in sections as one mapping of dotted keys; an empty section stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= dotted(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
+    return flat
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -5,23 +5,28 @@ transformers' TrainingArguments, accelerate, Axolotl and LLaMA-Factory are the u
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 from trainkit.recipe.document import Document, KeyPath, shown
+from trainkit.recipe.fields import accepts, expected, field_of
+
+_PLAIN = re.compile(r"[A-Za-z/_]([\w/.~@:%=+\[\]-]*[\w/.~@%=+\]-])?")
 
 _PER_DEVICE = (
     "per_device_train_batch_size",
     "micro_batch_size",
     "train_micro_batch_size_per_gpu",
-    "train_batch_size",
     "batch_size",
     "per_gpu_train_batch_size",
 )
 _ACCUMULATION = ("gradient_accumulation_steps", "accumulate_grad_batches")
 
 _SAME_VALUE = {
+    "train_batch_size": "batch.samples",
     "learning_rate": "optimizer.lr",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
@@ -109,6 +114,9 @@ _NEVER = {  # what a strategy "no" asks for
 }
 
 
+_UNSET = {"train.max_steps": (-1,), "data.name": (None,), "model.revision": (None,)}  # values that stand for none
+
+
 def habit_answer(document: Document, path: KeyPath) -> str | None:
     """What to write instead of an unknown key that another tool knows; None for keys that no tool here knows."""
     name, value = path[-1], document.get(path)
@@ -120,7 +128,7 @@ def habit_answer(document: Document, path: KeyPath) -> str | None:
         target = _SAME_VALUE[name]
         if target in _NEVER and value in ("no", False):
             return _NEVER[target]
-        return f"write {target}: {_plain(_translated(target, value))}"
+        return _same_value(target, value)
     return _REFUSED.get(name)
 
 
@@ -131,17 +139,36 @@ def answered_keys(document: Document) -> set[str]:
     return answered | ({"batch.samples"} if names & {*_PER_DEVICE, *_ACCUMULATION} else set())
 
 
+def _same_value(target: str, value: Any) -> str:
+    """The line to write, which the reader takes; what kind of value it has where this one is of another."""
+    if value in _UNSET.get(target, ()) and not isinstance(value, bool):
+        return "leave it out: that is how it is without it"
+    meant, field = _translated(target, value), field_of(tuple(target.split(".")))
+    assert field is not None
+    if accepts(field, meant):
+        return f"write {target}: {_plain(meant)}"
+    return f"write {target}: {expected(field.annotation, field.metadata)}, not {shown(value)}"
+
+
 def _translated(target: str, value: Any) -> Any:
     if target in ("train.eval_steps", "train.save_steps"):
         return "epoch" if value == "epoch" else 500
     if target == "model.compile":
         return "blocks" if value is True else value
     if target == "model.attn_implementation":
-        return "flash_attention_2" if value in (True, "fa2", "auto") else value
+        return "flash_attention_2" if value in (True, "fa2", "auto") else None if value is False else value
+    if target == "optimizer.max_grad_norm" and value is None:
+        return 0
+    if target == "data.eval" and value in (0, False):
+        return None
     if target == "optimizer.lr_scheduler_type" and value == "constant_with_warmup":
         return "constant"
     if target == "train.epochs" and isinstance(value, float):
         return max(1, math.ceil(value)) if math.isfinite(value) else 3
+    if target in ("model.lora.r", "model.lora.lora_alpha") and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if target == "zero":
+        return _zero_of(value)
     if target == "data.path" and isinstance(value, list):
         return [item.get("path") if isinstance(item, dict) else item for item in value]
     if target == "model.lora.target_modules" and value == "all":
@@ -152,7 +179,9 @@ def _translated(target: str, value: Any) -> Any:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) and value and value[0] not in "{[\"'*&!%@`#" and ": " not in value else shown(value)
+    """As it would stand in the file: text without quotes where YAML reads the same text then."""
+    plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in ("null", "true", "false")
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def _batch_answer(document: Document, name: str) -> str:
@@ -180,7 +209,7 @@ def _number(document: Document, names: tuple[str, ...]) -> int | None:
 
 def _precision_switch(precision: str) -> Callable[[Document, Any], str]:
     def answer(document: Document, value: Any) -> str:
-        if value is True or value in ("auto", "yes", "on"):
+        if str(value).lower() in ("true", "auto", "yes", "on"):
             return f"write model.precision: {precision}"
         return f"leave it out, and write model.precision: {'fp32' if precision == 'bf16' else 'bf16 or fp32'}"
 
@@ -203,8 +232,8 @@ def _dtype(document: Document, value: Any) -> str:
 
 def _row_length(document: Document, value: Any) -> str:
     if document.get(("model", "task")) == "seq2seq":
-        return f"write data.max_source_length: {shown(value)} and data.max_target_length"
-    return f"write data.max_length: {shown(value)}"
+        return f"{_same_value('data.max_source_length', value)}, and data.max_target_length"
+    return _same_value("data.max_length", value)
 
 
 def _betas(document: Document, value: Any) -> str:
@@ -212,15 +241,21 @@ def _betas(document: Document, value: Any) -> str:
         next((document.get(path) for path in document.find(name)), default)
         for name, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999))
     ]
-    return f"write optimizer.betas: {shown(found)}"
+    return _same_value("optimizer.betas", found)
 
 
 def _optimizer(document: Document, value: Any) -> str:
     return "write optimizer.name: adamw" if "adamw" in str(value) else f"{shown(value)} is not available: write optimizer.name: adamw"
 
 
+def _zero_of(value: Any) -> Any:
+    """A stage, as a number or as text, by the name of its configuration."""
+    return f"zero{value}" if str(value) in ("0", "1", "2", "3") else value
+
+
 def _zero_stage(document: Document, value: Any) -> str:
-    return f"write zero: zero{value}" if value in (0, 1, 2, 3) else "write zero: zero0, zero1, zero2 or zero3"
+    named = _zero_of(value)
+    return f"write zero: {named}" if named != value else "write zero: zero0, zero1, zero2 or zero3"
 
 
 def _adapter(document: Document, value: Any) -> str:

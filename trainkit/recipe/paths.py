@@ -29,7 +29,11 @@ def resolve_paths(document: Document, folder: Path | None) -> None:
     storage = document.get(("run", "storage_path"))
     if not isinstance(document.values["run"], dict) or not isinstance(storage, str | None):
         return
-    document.values["run"]["storage_path"] = str((Path.cwd() / Path(storage or "runs").expanduser()).absolute())
+    try:
+        document.values["run"]["storage_path"] = str((Path.cwd() / Path(storage or "runs").expanduser()).absolute())
+    except RuntimeError:
+        key = ("run", "storage_path")
+        document.faults.append(document.fault(key, f"{storage}: ~ stands for a home folder, and this user has none. Write the whole path"))
 
 
 def _resolve(document: Document, path: KeyPath, bases: Sequence[Path], files_only: bool) -> None:

@@ -2,8 +2,8 @@
 
 YAML is composed, not loaded, so that each key keeps its line. Scalars are read as in YAML 1.2: 1e-4 is a number, and no, yes, on and
 off are text.
-The only module that knows the yaml library. What a recipe may say stands in schema.py, the checks in checks.py and habits.py, paths
-in paths.py.
+The only module that knows the yaml library. What a recipe may say stands in schema.py, the checks in checks.py, combinations.py and
+habits.py, paths in paths.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import yaml
 
 from trainkit.errors import Fault, RecipeError
 from trainkit.recipe.checks import check_recipe
-from trainkit.recipe.document import Document, Place, note_key
+from trainkit.recipe.document import Document, Place, note_key, shown
 from trainkit.recipe.paths import resolve_paths
 from trainkit.recipe.python import check_kinds, document_of, put_changes
 from trainkit.recipe.schema import Recipe
@@ -234,10 +234,15 @@ def _override(document: Document, override: str) -> None:
     try:
         node = yaml.compose(text, Loader=_Loader)
         value = None if node is None else _value_of(node, (), written)
+        behind = text if node is None else text[node.end_mark.index :]
     except yaml.YAMLError as error:
         document.faults.append(
             Fault(file, None, ".".join(path), f"the value is not YAML: {getattr(error, 'problem', None) or error}; quote it")
         )
+        return
+    if behind.lstrip().startswith("#"):
+        message = f"in YAML {behind.strip()[:60]} is a comment: quote the value, --set '{'.'.join(path)}={shown(text.strip())}'"
+        document.faults.append(Fault(file, None, ".".join(path), message))
         return
     document.faults += [Fault(file, None, ".".join(path), fault.message) for fault in written.faults]
     document.put(path, value, Place(file, override=True))

@@ -2,7 +2,7 @@
 
 A recipe is a wish. Nothing here computes; the plan (planning/planner.py) decides what the wish amounts to.
 Keys with an exact counterpart in transformers' TrainingArguments, torch's AdamW, peft, `load_dataset` or Ray's ScalingConfig and
-RunConfig carry that name. Checks of one value stand here; checks that need several keys, and all messages, stand in reader.py.
+RunConfig carry that name. Checks of one value stand here, their messages in checks.py; what needs several keys stands in combinations.py.
 """
 
 from __future__ import annotations

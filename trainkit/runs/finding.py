@@ -28,7 +28,11 @@ def find_runs(named: Sequence[str | Path]) -> tuple[list[Found], list[str]]:
     notes: list[str] = []
     found: dict[Path, bool] = {}
     for path in map(Path, named):
-        for folder in (folder.resolve() for folder in _runs_at(path, notes.append)):
+        try:
+            folders = [folder.resolve() for folder in _runs_at(path, notes.append)]
+        except (OSError, ValueError) as error:  # a name that is too long, "**" within one, a folder that is closed to this user
+            raise UsageError(f"{path}: no run folders can be looked for there: {getattr(error, 'strerror', None) or error}") from None
+        for folder in folders:
             if folder in found:
                 notes.append(f"{folder.name} is named twice and shown once")
             found[folder] = found.get(folder, False) or is_run(path)

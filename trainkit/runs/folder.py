@@ -27,13 +27,14 @@ from trainkit.runs.reading import PLAN, SUMMARY, read_object, read_steps
 
 PREDECESSOR_SECONDS = 30.0  # to wait for: a rank 0 whose command was killed went on writing for 1.8 s
 LEASE_SECONDS = 120.0  # after which a file server gives up the locks of a node that is gone
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+NAMES = "write up to 128 letters, digits, '.', '_' or '-', and no '.' in front"
 
 
 def check_name(name: str) -> str:
     """A run's name as it is; raises UsageError for one that could leave the runs folder or hide in it."""
-    if _NAME.fullmatch(name) is None:
-        raise UsageError(f"run name {name!r}: write up to 128 letters, digits, '.', '_' or '-', and no '.' in front")
+    if NAME.fullmatch(name) is None:
+        raise UsageError(f"run name {name!r}: {NAMES}")
     return name
 
 
