@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 from in_process import Rank
 
-from trainkit.data.padding import IGNORED_LABEL
+from trainkit.data.arrays import IGNORED_LABEL
 from trainkit.data.tokens import TokenArrays, load_tokenizer
 from trainkit.planning.flops import Work
 from trainkit.recipe.reader import read_recipe

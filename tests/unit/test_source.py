@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -246,6 +247,43 @@ def test_files_whose_types_differ_keep_each_value(load: Load, tmp_path: Path) ->
     assert load(path=str(tmp_path / "*.jsonl")) == [7, "text"]
 
 
+LONG = 12345678901234567890
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "jsonl.gz"])
+@pytest.mark.parametrize(
+    ("values", "read"),
+    [
+        (["0042", 7], ["0042", 7]),
+        (["null", 1, None, "[1]", '"x"', "1e5", True], ["null", 1, None, "[1]", '"x"', "1e5", True]),
+        ([[{"a": "007"}], [{"b": 1}], []], [[{"a": "007"}], [{"b": 1}], []]),
+        ([{"a": "007"}, {"a": 7}], [{"a": "007"}, {"a": 7}]),
+        ([LONG, 1], [str(LONG), 1]),
+        ([{"n": LONG}, {"n": 1}], [{"n": str(LONG)}, {"n": 1}]),
+        ([[LONG], "00"], [[str(LONG)], "00"]),
+        ([0.1234567890123456789, 1], [0.1234567890123456789, 1.0]),
+    ],
+)
+def test_values_of_several_types_stay_what_they_are(load: Load, tmp_path: Path, ending: str, values: list[Any], read: list[Any]) -> None:
+    file = write(tmp_path / f"x.{ending}", *values)
+    for _ in range(2):
+        found = load(path=str(file))
+        assert found == read and [type(value) for value in found] == [type(value) for value in read]
+
+
+def test_a_full_disk_is_not_the_files_fault(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_no_more(*args: Any, **kwargs: Any) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from error
+
+    file = write(tmp_path / "x.jsonl", "1")
+    monkeypatch.setattr(datasets, "load_dataset", write_no_more)
+    with pytest.raises(DataError, match=r"run\.storage_path: .*the data cache cannot be written: No space left on device"):
+        load(path=str(file))
+
+
 def test_the_index_that_pandas_writes_is_a_column(load: Load, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(",q,a\n0,h,x\n1,i,y\n")
     assert load(path=str(tmp_path / "x.csv")) == ["h", "i"]
@@ -335,6 +373,12 @@ def test_an_empty_set_is_an_error(load: Load, tmp_path: Path, name: str, content
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=r"data\.train: the data set is empty"):
         load(path=str(tmp_path / name))
+
+
+def test_a_csv_file_whose_first_line_is_empty_is_an_error(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("\nq,n\n1,2\n")
+    with pytest.raises(DataError, match=r"x\.csv:1: the line is empty: the names of the columns belong there"):
+        load(path=str(tmp_path / "x.csv"))
 
 
 def test_an_empty_evaluation_set_is_an_error(recipe: Load, tmp_path: Path) -> None:

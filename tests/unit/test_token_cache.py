@@ -22,7 +22,7 @@ from trainkit.data import chunks
 from trainkit.data.arrays import leftovers
 from trainkit.data.chunks import Chunk, Encoder
 from trainkit.data.tokens import Prepared, prepare
-from trainkit.errors import DataError
+from trainkit.errors import CapacityError, DataError
 from trainkit.recipe.schema import Recipe
 
 Make = Callable[..., Recipe]
@@ -224,6 +224,22 @@ def test_processes_give_the_same_tokens_as_one(make: Make, monkeypatch: pytest.M
     again = prepare(make("seq2seq", rows, **FORM))
     assert again == alone
     assert [rows_of(folder, name) for folder in (again.train, again.eval) for name in ("input_ids", "labels")] == before
+
+
+def test_a_process_that_was_killed_ends_the_preparation(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "PARALLEL_ROWS", 20)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
+
+    def kill(done: int, total: int) -> None:
+        for process in psutil.Process().children():
+            if any("spawn_main" in word for word in process.cmdline()):
+                process.kill()
+
+    recipe = make("seq2seq", SLOW_ROWS, **FORM | {"eval": None})
+    with pytest.raises(CapacityError, match="a process that tokenizes was ended from outside"):
+        prepare(recipe, kill)
+    assert in_cache(tmp_path / "runs") == []
+    assert prepare(recipe).train
 
 
 def test_a_fault_in_a_process_names_its_row_and_leaves_nothing(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

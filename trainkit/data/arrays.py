@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
+IGNORED_LABEL = -100  # of a token that is not learned: torch's own
 _LONG = 64  # mean length from which rows are copied one by one: below, finding them all at once is faster
 _PIECE = 1 << 22  # values or bytes that are converted or checked at once
 _LOOK_SECONDS = 0.2

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context, parent_process
@@ -18,6 +19,7 @@ import numpy as np
 from trainkit.data.arrays import ragged
 from trainkit.data.encoding import Form, form_of
 from trainkit.data.tokenizer import load_tokenizer
+from trainkit.errors import CapacityError
 from trainkit.recipe.schema import Recipe
 
 CHUNK = 2000  # rows that are encoded at once
@@ -55,7 +57,10 @@ Spread = Callable[[Encoder, range], Iterable[Chunk]]  # the chunks that begin at
 
 
 def here(encoder: Encoder, firsts: range) -> Iterator[Chunk]:
-    """In this process, or, when there are many rows, in one process per core; a few chunks a process are under way."""
+    """In this process, or, when there are many rows, in one process per core; a few chunks a process are under way.
+
+    Raises CapacityError when one of them is ended from outside.
+    """
     processes = len(os.sched_getaffinity(0))
     if len(encoder.part) < PARALLEL_ROWS or processes == 1:
         yield from (encoder.chunk(first, firsts.step) for first in firsts)
@@ -69,6 +74,11 @@ def here(encoder: Encoder, firsts: range) -> Iterator[Chunk]:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise CapacityError(
+                "a process that tokenizes was ended from outside, as a system does that has no memory left. There is one for each core: "
+                "free some memory, or give the command fewer cores, as `taskset -c 0-3` does"
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

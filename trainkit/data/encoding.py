@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from trainkit.data import chat, templates
+from trainkit.data.arrays import IGNORED_LABEL
 from trainkit.errors import DataError
 from trainkit.planning.facts import DEFAULT_LENGTH
 from trainkit.recipe.schema import Recipe
 
-IGNORED = -100
 Row = dict[str, Any]
 
 
@@ -144,8 +144,8 @@ def _ready(recipe: Recipe, present: Sequence[str], vocabulary: int) -> Form:
     def encode(rows: list[Row], first: int) -> Encoded:
         for number, row in enumerate(rows, start=first):
             ids, labels = _integers(row, "input_ids", most_ids, number), _integers(row, "labels", most_labels, number)
-            if ids.min() < 0 or labels.min() < IGNORED or ((labels < 0) & (labels != IGNORED)).any():
-                raise DataError(f"row {number}: negative token ids; a label that is not learned is {IGNORED}", row=number)
+            if ids.min() < 0 or labels.min() < IGNORED_LABEL or ((labels < 0) & (labels != IGNORED_LABEL)).any():
+                raise DataError(f"row {number}: negative token ids; a label that is not learned is {IGNORED_LABEL}", row=number)
             if (most := max(ids.max(), labels.max())) >= vocabulary:
                 raise DataError(f"row {number}: token id {most}, and the model has {vocabulary}, from 0 to {vocabulary - 1}", row=number)
             if causal and len(labels) != len(ids):
@@ -239,13 +239,13 @@ def _causal(tokenizer: Any, rows: list[chat.Marked], limit: int, eos: int | None
     _check_not_empty([ids for ids, _ in rows], first)
     out = Encoded({"input_ids": [], "labels": []}, [], {"row": 0})
     for ids, learned in rows:
-        labels = [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
+        labels = [token if counts else IGNORED_LABEL for token, counts in zip(ids, learned, strict=True)]
         if len(ids) > limit:
             at_the_left = tokenizer.truncation_side == "left"
             kept = slice(-limit, None) if at_the_left else slice(limit)
             ids, labels = ids[kept], labels[kept]
             out.truncated["row"] += 1
-            if eos is not None and not at_the_left and labels[-1] != IGNORED:
+            if eos is not None and not at_the_left and labels[-1] != IGNORED_LABEL:
                 ids[-1] = labels[-1] = eos
         out.columns["input_ids"].append(ids)
         out.columns["labels"].append(labels)
@@ -254,4 +254,4 @@ def _causal(tokenizer: Any, rows: list[chat.Marked], limit: int, eos: int | None
 
 
 def _counted(labels: list[int]) -> int:
-    return sum(label != IGNORED for label in labels)
+    return sum(label != IGNORED_LABEL for label in labels)

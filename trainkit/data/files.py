@@ -1,9 +1,11 @@
 """Local files to rows: .json .jsonl .csv .parquet, also .gz, read through `datasets` into an Arrow file under a cache folder.
 
-Three habits of its readers would change the data unseen and are kept out:
+Four habits of its readers would change the data unseen and are kept out:
 - a file is known to them by path and time of change; here the cache folder is named after a hash of the bytes, so that new content
   under an old date is read anew;
 - texts that look like dates become timestamps ("2020-01-01" would be learned as "2020-01-01 00:00:00"); they stay text;
+- in a JSON column of several types a text such as "0042" becomes 42, whole numbers of more than 64 bits become fractions, and fractions
+  in a list lose digits; texts stay texts, and digits stay (jsonl.py);
 - csv cells become numbers and words such as NA become null ("007" would be 7.0); here a cell is the text that stands there, an empty
   one is null, and a row with too many cells is an error.
 """
@@ -11,6 +13,7 @@ Three habits of its readers would change the data unseen and are kept out:
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import glob
 import gzip
@@ -18,7 +21,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,9 @@ from trainkit.runs.files import write_whole
 
 READERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 ENDINGS = ", ".join(f".{ending}" for ending in READERS) + " (.gz too)"
+_FORMAT = 2  # of the cache: another one wherever the same bytes become other rows
 _HASHED_BYTES = 1 << 22
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LONGEST_CELL = 1 << 30  # characters; Python's own limit is 131,072
 _CHECKSUMS = "checksums.json"  # in a cache folder, last: crc32 of the rows that lie there
 _OTHER_WAY = "other_way.json"  # in a cache folder: the files were not read at once; of JSON files it holds the columns
@@ -99,6 +104,8 @@ def _read_anew(kind: str, files: Sequence[Path], folder: Path, key: str, wanted:
         write_whole(folder / _CHECKSUMS, json.dumps(_checksums(folder)))
         return rows
     except Exception as error:  # datasets wraps each reader's errors in its own
+        if (full := _full_disk(error)) is not None:
+            raise full from None
         if _says_empty(error):
             raise DataError(f"{key}: the data set is empty: {_names(files)} holds no rows") from None
         if broken := _first_broken(kind, files, folder):
@@ -132,7 +139,7 @@ def _names(files: Sequence[Path]) -> str:
 
 
 def _content_hash(files: Sequence[Path], key: str) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(str(_FORMAT).encode(), digest_size=16)
     for file in files:
         try:
             with file.open("rb") as stream:
@@ -145,12 +152,14 @@ def _content_hash(files: Sequence[Path], key: str) -> str:
 
 
 def _read(kind: str, files: Sequence[Path], folder: Path, wanted: Sequence[str], fresh: bool) -> Any:
-    """All files at once by the reader of datasets; where it refuses them, another way, which is marked in the cache folder."""
+    """All files at once by the reader of datasets; where it refuses or changes them, another way, which is marked in the cache folder."""
     if not (folder / _OTHER_WAY).exists():
         try:
-            return _at_once(kind, files, folder)
+            rows = _at_once(kind, files, folder)
+            if kind != "json" or not _changes_values(rows.features, files):
+                return rows
         except Exception as error:
-            if not fresh or _says_empty(error) or (kind != "json" and len(files) == 1):
+            if not fresh or _says_empty(error) or _full_disk(error) or (kind != "json" and len(files) == 1):
                 raise
     return _as_written(files, folder) if kind == "json" else _one_by_one(kind, files, folder, wanted)
 
@@ -168,7 +177,7 @@ def _at_once(kind: str, files: Sequence[Path], folder: Path) -> Any:
     if kind != "json":
         return rows
     as_text = _dates_as_text(rows.features)
-    return rows if as_text == rows.features else _generated(files, folder, as_text)
+    return rows if as_text == rows.features else _generated(files, folder, datasets.Features(as_text))
 
 
 def _unpacked(file: Path, folder: Path) -> Path:
@@ -199,8 +208,8 @@ def _as_written(files: Sequence[Path], folder: Path) -> Any:
 def _generated(files: Sequence[Path], folder: Path, features: Any) -> Any:
     import datasets
 
-    found = {"files": [str(file) for file in files], "columns": tuple(features)}
-    return datasets.Dataset.from_generator(jsonl.rows_of, features=datasets.Features(features), cache_dir=str(folder), gen_kwargs=found)
+    found = {"files": [str(file) for file in files], "features": features}
+    return datasets.Dataset.from_generator(jsonl.rows_of, features=features, cache_dir=str(folder), gen_kwargs=found)
 
 
 def _one_by_one(kind: str, files: Sequence[Path], folder: Path, wanted: Sequence[str]) -> Any:
@@ -241,7 +250,10 @@ def _check_csv(file: Path, key: str) -> None:
     try:
         with jsonl.opened(file) as stream:
             rows = csv.reader(stream)
-            header = next(rows, [])
+            header = next(rows, None)
+            if header == []:
+                raise DataError(f"{key}: {file}:1: the line is empty: the names of the columns belong there", file=str(file))
+            header = header or []
             if twice := [name for name, times in Counter(header).items() if name and times > 1]:
                 raise DataError(f"{key}: {file}:1: the column {twice[0]} stands twice: rename one", file=str(file))
             for row in rows:
@@ -262,6 +274,33 @@ def _dates_as_text(feature: Any) -> Any:
         return datasets.List(_dates_as_text(feature.feature))
     is_date = isinstance(feature, datasets.Value) and feature.dtype.startswith(("timestamp", "date", "time"))
     return datasets.Value("string") if is_date else feature
+
+
+def _changes_values(features: Any, files: Sequence[Path]) -> bool:
+    """Whether the JSON reader of datasets made other values of some than stand in the files: see the module."""
+    import datasets
+
+    def kinds(feature: Any) -> Iterator[Any]:
+        if isinstance(feature, datasets.List):
+            yield from kinds(feature.feature)
+        elif isinstance(feature, dict):
+            for inner in feature.values():
+                yield from kinds(inner)
+        else:
+            yield feature
+
+    found = list(kinds(features))
+    has_fractions = any(isinstance(kind, datasets.Value) and kind.dtype.startswith("float") for kind in found)
+    return any(isinstance(kind, datasets.Json) for kind in found) or (has_fractions and any(map(jsonl.loses_digits, files)))
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error itself, or one that led to it, that says that nothing more can be written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_IS_FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _says_empty(error: BaseException) -> bool:

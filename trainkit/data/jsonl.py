@@ -1,18 +1,21 @@
 """JSON files as Python reads them: dates stay text, and a column's type is merged over all rows of all files.
 
 datasets infers types from the first 10 MB: where a later row has another one, it refuses the file. Here whole numbers and fractions
-become fractions, what is absent or null takes the other rows' type, and anything else that differs is kept value by value.
+become fractions, what is absent or null takes the other rows' type, and anything else that differs is kept value by value. Whole numbers
+of more than 64 bits, for which Arrow has no type, become their digits as text.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 _INT64 = 2**63
+_MANY_DIGITS = re.compile(r"(?<![\d.])\d{19,}")
 
 
 def opened(file: Path) -> IO[str]:
@@ -21,8 +24,15 @@ def opened(file: Path) -> IO[str]:
     return gzip.open(file, "rt", encoding="utf-8-sig") if zipped else file.open(encoding="utf-8-sig", newline="")
 
 
-def rows_of(files: list[str], columns: tuple[str, ...] | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of files with one object a line, or one list of objects, or one object; null for a column that a row lacks.
+def loses_digits(file: Path) -> bool:
+    """Whether datasets may keep fewer digits of a number than stand in this file: those of a list it rounds, those beyond 64 bits, too."""
+    with opened(file) as stream:
+        return any(line.startswith("[") or _MANY_DIGITS.search(line) for line in stream)
+
+
+def rows_of(files: list[str], features: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of files with one object a line, or one list of objects, or one object; with features, as datasets takes them in, and null
+    for a column that a row lacks.
 
     Raises ValueError, naming the line, for what is no JSON and for a row that is no object.
     """
@@ -31,7 +41,7 @@ def rows_of(files: list[str], columns: tuple[str, ...] | None = None) -> Iterato
             for number, row in _values(stream):
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number}: a row is an object in braces, not {json.dumps(row)[:60]}")
-                yield row if columns is None else {column: row.get(column) for column in columns}
+                yield row if features is None else {name: _as(feature, row.get(name)) for name, feature in features.items()}
 
 
 def _values(stream: IO[str]) -> Iterator[tuple[int, Any]]:
@@ -49,6 +59,31 @@ def _parsed(text: str, line: int) -> Any:
         raise ValueError(f"line {line + error.lineno - 1}: not JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
         raise ValueError(f"line {line}: nested too deeply") from None
+
+
+def _as(feature: Any, value: Any) -> Any:
+    """Json's own reader takes a text that happens to be JSON for what it says: here it gets JSON of the text."""
+    import datasets
+
+    if isinstance(feature, datasets.Json) and value is not None:
+        return json.dumps(_without_long_integers(value))
+    if isinstance(feature, datasets.List) and value is not None:
+        return [_as(feature.feature, item) for item in value]
+    if isinstance(feature, dict) and value is not None:
+        return {key: _as(inner, value.get(key)) for key, inner in feature.items()}
+    return value
+
+
+def _without_long_integers(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_long_integers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_long_integers(item) for key, item in value.items()}
+    return str(value) if _is_long(value) else value
+
+
+def _is_long(value: Any) -> bool:
+    return isinstance(value, int) and not -_INT64 <= value < _INT64
 
 
 def merged_features(files: list[str]) -> dict[str, Any]:
@@ -71,7 +106,7 @@ def _feature_of(value: Any) -> Any:
         return datasets.List(inner)
     if isinstance(value, dict) and value:
         return {key: _feature_of(item) for key, item in value.items()}
-    if isinstance(value, int) and not isinstance(value, bool) and not -_INT64 <= value < _INT64:
+    if _is_long(value):
         return datasets.Json()
     names = {type(None): "null", bool: "bool", int: "int64", float: "float64", str: "string"}
     return datasets.Value(names[type(value)]) if type(value) in names else datasets.Json()

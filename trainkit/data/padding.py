@@ -13,12 +13,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from trainkit.data.arrays import Ragged
+from trainkit.data.arrays import IGNORED_LABEL, Ragged
 from trainkit.data.batches import Shape, round_up
 from trainkit.data.wire import WireMicroBatch, WireStep
 from trainkit.planning.flops import Work
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainkit.data.padding import IGNORED_LABEL, StepFeed
+from trainkit.data.arrays import IGNORED_LABEL
+from trainkit.data.padding import StepFeed
 from trainkit.inference.metrics import CLASS_METRICS, TEXT_METRICS
 from trainkit.inference.predict import Rank, answering, classify, decoded, generate
 from trainkit.training.tasks import base_model

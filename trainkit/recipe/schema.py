@@ -126,7 +126,7 @@ class Profile(Section):
 
 class Train(Section):
     epochs: PositiveInt | None = Field(None, description="Passes over the training rows.")
-    max_steps: PositiveInt | None = Field(None, description="Optimizer steps: a cap that wins over epochs and sets the schedule's horizon.")
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps of the run and of the schedule; wins over epochs.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Seeds weights, sample order, held-out rows and dropout.")
     eval_steps: Every = Field("epoch", description="Evaluate every epoch, every n optimizer steps, or every share of the run below 1.")
     save_steps: Every = Field("epoch", description="Save a checkpoint every epoch, every n optimizer steps, or every share of the run.")

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from trainkit.data.padding import IGNORED_LABEL, MicroBatch, tensors
+from trainkit.data.arrays import IGNORED_LABEL
+from trainkit.data.padding import MicroBatch, tensors
 from trainkit.errors import CaptureError, TrainingError
 
 SumLoss = Callable[[Any, MicroBatch], torch.Tensor]  # of a model, or what is called like it

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trainkit.data.padding import IGNORED_LABEL
+from trainkit.data.arrays import IGNORED_LABEL
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB in fp32: large enough to keep a GPU busy, small beside activations
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import transformers
 from transformers import masking_utils
 
-from trainkit.data.padding import IGNORED_LABEL, MicroBatch
+from trainkit.data.arrays import IGNORED_LABEL
+from trainkit.data.padding import MicroBatch
 from trainkit.errors import DataError
 from trainkit.planning.flops import Work
 from trainkit.training.loss import IN_CHUNKS, Kernels, cross_entropy_sum
