@@ -133,3 +133,16 @@ def test_a_wheel_has_every_package_and_the_shipped_zero_configurations(tmp_path:
     command = [sys.executable, "-c", asked]
     told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True).stdout.split()
     assert told == [str(tmp_path / "trainkit/zero_configs"), "0", "1", "2", "3", "2", "3"]
+
+
+def test_asking_for_muon_loads_no_compiler() -> None:
+    """DeepSpeed does at every start of an engine; the way around it leaves the environment as it was."""
+    code = (
+        "import os, sys, trainkit.training.engine as engine; engine._import_muon(); "
+        "assert 'deepspeed.runtime.zero.muon.muon_optimizer' in sys.modules and 'torch._inductor.compile_fx' not in sys.modules; "
+        "print(os.environ.get('TORCHDYNAMO_DISABLE'))"
+    )
+    for given in ({}, {"TORCHDYNAMO_DISABLE": "0"}):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | given, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[-1] == given.get("TORCHDYNAMO_DISABLE", "None")

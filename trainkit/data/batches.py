@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -74,9 +75,15 @@ class Catalogue:
     power: int  # of the costs whose sum is made least: a high one wants little padding and equal costs alike
     foreign: np.ndarray | None = None  # bool [shapes]: of another catalogue, to be used where its own do not do
 
-    @property
+    @cached_property
     def costs(self) -> np.ndarray:
         return self.shapes[:, 0] * (self.shapes[:, 1] + self.shapes[:, 2])
+
+    @cached_property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs of lengths that occur, int64 [pairs, 2], and each shape's index in them."""
+        pairs, pair = np.unique(self.shapes[:, 1:], axis=0, return_inverse=True)
+        return pairs, pair.ravel()
 
     def powers(self, unit: float) -> np.ndarray:
         """Of the costs in a unit, FOREIGN times as much for foreign shapes. Multiplied out: the same bits on every processor."""
@@ -191,10 +198,9 @@ class _Line:
     def of(cls, source: np.ndarray, target: np.ndarray, order: np.ndarray, catalogue: Catalogue, budget: int) -> _Line:
         """Beyond the budget a shape holds nothing, save one of one row a sample that no shape within the budget holds."""
         count, here, rows = len(order), np.arange(len(order), dtype=np.int32), catalogue.shapes[:, :1].astype(np.int32)
-        pairs, pair = np.unique(catalogue.shapes[:, 1:], axis=0, return_inverse=True)
+        pairs, pair = catalogue.pairs
         fits = (source[order] <= pairs[:, :1]) & (target[order] <= pairs[:, 1:])
         ends = np.minimum.accumulate(np.where(fits, np.int32(count), here)[:, ::-1], axis=1)[:, ::-1]
-        pair = pair.ravel()
         after = np.full((len(rows), count + 1), count, np.int32)
         np.minimum(ends[pair], here + rows, out=after[:, :-1])
         if (over := catalogue.costs > budget).any():

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,6 +34,8 @@ from trainkit.training.loss import IN_CHUNKS
 from trainkit.training.model import DTYPES
 from trainkit.training.states import Held, storage_bytes
 from trainkit.training.tasks import TASKS
+
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 
 class Partitioning:
@@ -91,6 +95,7 @@ class Engine:
         if plan.zero_stage == 3 and plan.compile_blocks and not plan.flat:
             for block in repeated_blocks(model):  # one hook and one collective for its parameters, instead of one for each layer in it
                 deepspeed.utils.set_z3_leaf_module(block, True)
+        _import_muon()
         self.ds, *_ = deepspeed.initialize(
             model=model, model_parameters=trainable, config=_without_learning_rate(plan.ds_config), dist_init_required=False
         )
@@ -269,6 +274,21 @@ class Engine:
         """Rows, source and target, as the plan counts them."""
         rows, source = batch.input_ids.shape
         return rows, source, batch.labels.shape[1] if self.task is TASKS["seq2seq"] else 0
+
+
+def _import_muon() -> None:
+    """As initialize does, to ask whether the optimizer is DeepSpeed's Muon: its module is decorated with torch.compile, which loads the
+    whole compiler, in seconds, for functions that nobody calls here.
+    """
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        del os.environ[_NO_COMPILER]
+        if before is not None:
+            os.environ[_NO_COMPILER] = before
 
 
 def _without_learning_rate(ds_config: dict[str, Any]) -> dict[str, Any]:
