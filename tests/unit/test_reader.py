@@ -387,7 +387,7 @@ def test_the_line_that_an_answer_names_is_taken(folder: Path, name: str) -> None
 def test_what_yaml_would_leave_out_of_a_change_is_asked_for_in_quotes(folder: Path) -> None:
     path = write(folder)
     assert faults(path, "data.source={question} # {table}") == [
-        "--set data.source={question} # {table}: data.source: in YAML # {table} is a comment: quote the value, "
+        "--set data.source={question} # {table}: data.source: in YAML # {table} is a comment: quote it, "
         """--set 'data.source="{question} # {table}"'"""
     ]
     assert "is a comment" in faults(path, "model.path=#mine")[0]
@@ -424,6 +424,7 @@ def test_set_is_checked_like_the_file(folder: Path) -> None:
     assert "write --set section.key=value" in faults(path, "optimizer.lr")[0]
     assert "is a value, not a section" in faults(path, "name=x", "name.y=1")[0]
     assert "not YAML" in faults(path, "data.source={a")[0] and "not YAML" in faults(path, "data.source=[")[0]
+    assert faults(path, "data.source={a} {b}")[0].endswith("""quote it, --set 'data.source="{a} {b}"'""")
     assert read_recipe(path, ["optimizer.lr=1", "optimizer.lr=2e-5"]).optimizer.lr == 2e-5
     assert read_recipe(path, ["zero.zero_optimization.stage=2"]).zero == {"zero_optimization": {"stage": 2}}
     assert read_recipe(write(folder, SEQ2SEQ + "scaling:\nzero: zero2\n"), ["scaling.num_workers=2", "zero=null"]).scaling.num_workers == 2

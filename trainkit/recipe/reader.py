@@ -9,6 +9,7 @@ habits.py, paths in paths.py.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 
 from trainkit.errors import Fault, RecipeError
 from trainkit.recipe.checks import check_recipe
-from trainkit.recipe.document import Document, Place, note_key, shown
+from trainkit.recipe.document import Document, Place, note_key
 from trainkit.recipe.paths import resolve_paths
 from trainkit.recipe.python import check_kinds, document_of, put_changes
 from trainkit.recipe.schema import Recipe
@@ -230,19 +231,17 @@ def _override(document: Document, override: str) -> None:
     if not equals or not all(path):
         document.faults.append(Fault(file, None, "", "write --set section.key=value"))
         return
-    written = Document(file)
+    written, quoted = Document(file), f"quote it, --set '{'.'.join(path)}={json.dumps(text.strip(), ensure_ascii=False)}'"
     try:
         node = yaml.compose(text, Loader=_Loader)
         value = None if node is None else _value_of(node, (), written)
         behind = text if node is None else text[node.end_mark.index :]
     except yaml.YAMLError as error:
-        document.faults.append(
-            Fault(file, None, ".".join(path), f"the value is not YAML: {getattr(error, 'problem', None) or error}; quote it")
-        )
+        reason = getattr(error, "problem", None) or error
+        document.faults.append(Fault(file, None, ".".join(path), f"the value is not YAML: {reason}; {quoted}"))
         return
     if behind.lstrip().startswith("#"):
-        message = f"in YAML {behind.strip()[:60]} is a comment: quote the value, --set '{'.'.join(path)}={shown(text.strip())}'"
-        document.faults.append(Fault(file, None, ".".join(path), message))
+        document.faults.append(Fault(file, None, ".".join(path), f"in YAML {behind.strip()[:60]} is a comment: {quoted}"))
         return
     document.faults += [Fault(file, None, ".".join(path), fault.message) for fault in written.faults]
     document.put(path, value, Place(file, override=True))
