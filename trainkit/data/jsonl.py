@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _INT64 = 2**63
-_MANY_DIGITS = re.compile(r"(?<![\d.])\d{19,}")
+_MANY_DIGITS = re.compile("[1-9][0-9]{18,}")
 
 
 def opened(file: Path) -> IO[str]:
@@ -27,7 +27,11 @@ def opened(file: Path) -> IO[str]:
 def loses_digits(file: Path) -> bool:
     """Whether datasets may keep fewer digits of a number than stand in this file: those of a list it rounds, those beyond 64 bits, too."""
     with opened(file) as stream:
-        return any(line.startswith("[") or _MANY_DIGITS.search(line) for line in stream)
+        return any(line.startswith("[") or any(map(_is_beyond, _MANY_DIGITS.findall(line))) for line in stream)
+
+
+def _is_beyond(digits: str) -> bool:
+    return len(digits) > 19 or int(digits) >= _INT64
 
 
 def rows_of(files: list[str], features: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
