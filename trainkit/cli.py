@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import sys
 import traceback
@@ -168,7 +167,12 @@ def command(arguments: list[str] | None = None) -> NoReturn:
 
 def _with_runs(overrides: list[str], runs: Path | None) -> list[str]:
     """The shell leaves ~ as it is in --runs=~/x; the recipe's reader does not."""
-    return overrides if runs is None else [*overrides, f"run.storage_path={json.dumps(str(runs), ensure_ascii=False)}"]
+    return overrides if runs is None else [*overrides, f"run.storage_path={_quoted(str(runs))}"]
+
+
+def _quoted(text: str) -> str:
+    """For YAML, whatever letters a file system has taken."""
+    return '"' + "".join(sign if sign.isprintable() and sign not in '"\\' else f"\\U{ord(sign):08x}" for sign in text) + '"'
 
 
 def _size(text: str) -> int:

@@ -102,6 +102,12 @@ def test_a_mark_that_is_special_in_the_vocabulary_alone_ends_a_turn(make: Make) 
     assert END in rows_of(prepare(recipe).train, "labels")[0] and EOS not in rows_of(prepare(recipe).train, "labels")[0]
 
 
+def test_a_mark_that_opens_a_turn_does_not_end_it(make: Make) -> None:
+    """Also where the template asks for no opening, so that it is learned with the words."""
+    recipe = make("{% for m in messages %}<|end|>{{ m.content }}{% endfor %}", [{"chat": CHAT[1:3]}], messages="chat")
+    assert learned(recipe) == ["<|end|>yo</s>"]
+
+
 def test_a_template_without_an_end_mark_gets_eos(make: Make) -> None:
     recipe = make(ENDLESS, [{"chat": CHAT}, {"chat": CHAT[1:]}, {"chat": CHAT[1:4]}], messages="chat")
     ends = [row[-1] for row in rows_of(prepare(recipe).train, "labels")]

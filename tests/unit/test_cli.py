@@ -112,7 +112,8 @@ def test_runs_overrides_the_storage_path(tmp_path: Path) -> None:
     folder = tmp_path / "a: folder"
     recipe = load_recipe(QUICKSTART, cli._with_runs(["train.max_steps=3"], folder))
     assert (recipe.run.storage_path, recipe.train.max_steps) == (str(folder), 3)
-    for written, meant in (("~/🚀 # 1", Path.home() / "🚀 # 1"), ("here", Path.cwd() / "here")):
+    strange = '/a\udce9\x7f"\\b'
+    for written, meant in (("~/🚀 # 1", Path.home() / "🚀 # 1"), ("here", Path.cwd() / "here"), (strange, strange)):
         assert load_recipe(QUICKSTART, cli._with_runs([], Path(written))).run.storage_path == str(meant)
 
 

@@ -331,6 +331,26 @@ def test_a_class_does_not_depend_on_the_padding(ids: dict[str, Any], tmp_path: P
     torch.testing.assert_close(logits[0][:1], alone)
 
 
+def test_a_pad_token_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
+    tiny_tokenizers.make(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[of its own]"})
+    tokenizer.save_pretrained(tmp_path)
+    transformers.LlamaConfig(**LLAMA | {"vocab_size": known}).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=f"pads with token {known}, and the model knows {known} tokens"):
+        load_config(recipe_of(tmp_path, "classification"))
+
+
+def test_the_text_half_of_a_model_is_told_of_the_padding(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text = transformers.Gemma3TextConfig(**shape, head_dim=16, vocab_size=300, pad_token_id=9)
+    transformers.Gemma3Config(text_config=text.to_dict()).save_pretrained(tmp_path)
+    tiny_tokenizers.make(tmp_path)
+    config = load_config(recipe_of(tmp_path, "classification"))
+    assert config.get_text_config().pad_token_id == config.pad_token_id == tiny_tokenizers.PAD != 9
+
+
 def test_a_plan_of_a_classifier_needs_no_tokenizer(tmp_path: Path) -> None:
     transformers.LlamaConfig(**LLAMA, eos_token_id=[2, 3]).save_pretrained(tmp_path)
     assert model_facts(recipe_of(tmp_path, "classification")).model_type == "llama"

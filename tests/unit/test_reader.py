@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import stat
 import textwrap
 from pathlib import Path
@@ -391,6 +392,9 @@ def test_what_yaml_would_leave_out_of_a_change_is_asked_for_in_quotes(folder: Pa
         """--set 'data.source="{question} # {table}"'"""
     ]
     assert "is a comment" in faults(path, "model.path=#mine")[0]
+    (fault,) = faults(path, "data.source='{question}' # c")
+    *_, given = shlex.split(fault.partition("quote it, ")[2])
+    assert read_recipe(path, [given]).data.source == "'{question}' # c"
     assert read_recipe(path, ['data.source="{question} # {table}"']).data.source == "{question} # {table}"
     assert read_recipe(path, ["data.source=ask#{question}"]).data.source == "ask#{question}"
 

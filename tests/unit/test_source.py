@@ -102,7 +102,8 @@ def test_a_split_is_its_file_else_its_shards_else_its_folder(load: Load, tmp_pat
     assert load(path=str(tmp_path / "b"), train="test/x.jsonl") == ["2"]
 
 
-@pytest.mark.parametrize("names", [("wiki-train", "wiki-test"), ("my_train_1", "my_test_1"), ("Train", "Test"), ("v1.train", "v1.test")])
+@pytest.mark.parametrize("names", [("wiki-train", "wiki-test"), ("my_train_1", "my_test_1"), ("Train", "Test"), ("v1.train", "v1.test"),
+                                   ("rows (train)", "rows (test)"), ("train1", "test1")])  # fmt: skip
 def test_a_split_is_also_a_word_in_a_files_name(load: Load, tmp_path: Path, names: tuple[str, str]) -> None:
     for split, name in zip(("train", "test"), names, strict=True):
         write(tmp_path / "d" / f"{name}.jsonl", split)
@@ -110,13 +111,21 @@ def test_a_split_is_also_a_word_in_a_files_name(load: Load, tmp_path: Path, name
     assert load(path=str(tmp_path / "d"), train="test") == ["test"]
 
 
-@pytest.mark.parametrize("others", [("sql_test",), ("rows-dev-2",), ("more/testing/a",), ("evaluation",)])
+@pytest.mark.parametrize("others", [("sql_test",), ("rows-dev-2",), ("more/testing/a",), ("evaluation",), ("test1",), ("my rows (test)",)])
 def test_files_of_other_splits_are_not_trained_on(load: Load, tmp_path: Path, others: tuple[str, ...]) -> None:
     for name in ("sql", *others):
         write(tmp_path / "d" / f"{name}.jsonl", name)
     with pytest.raises(DataError, match=r"has no files of a split 'train'; it has .*sql.*Write one of these, or a file of the folder"):
         load(path=str(tmp_path / "d"))
     assert load(path=str(tmp_path / "d"), train=str(tmp_path / "d/sql.jsonl")) == ["sql"]
+
+
+def test_a_split_of_several_words_and_a_beginning_of_names(load: Load, tmp_path: Path) -> None:
+    for name in ("mnli-validation_matched", "mnli-validation_mismatched", "wiki-a", "wiki-b", "wiki-validation"):
+        write(tmp_path / "d" / f"{name}.jsonl", name)
+    assert load(path=str(tmp_path / "d"), train="validation_matched") == ["mnli-validation_matched"]
+    assert load(path=str(tmp_path / "d"), train="wiki") == ["wiki-a", "wiki-b"], "what is named for validation is not trained on"
+    assert load(path=str(tmp_path / "d"), train="wiki-validation") == ["wiki-validation"]
 
 
 def test_a_saved_sets_format_changes_no_row(load: Load, tmp_path: Path) -> None:
@@ -261,6 +270,7 @@ LONG = 12345678901234567890
         ([LONG, 1], [str(LONG), 1]),
         ([{"n": LONG}, {"n": 1}], [{"n": str(LONG)}, {"n": 1}]),
         ([[LONG], "00"], [[str(LONG)], "00"]),
+        ([0.7071067811865476, "0042", 7], ["0.7071067811865476", "0042", 7]),
         ([0.1234567890123456789, 1], [0.1234567890123456789, 1.0]),
     ],
 )
@@ -269,6 +279,11 @@ def test_values_of_several_types_stay_what_they_are(load: Load, tmp_path: Path, 
     for _ in range(2):
         found = load(path=str(file))
         assert found == read and [type(value) for value in found] == [type(value) for value in read]
+
+
+def test_a_list_may_begin_behind_a_space(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(' [{"q": 0.12345678901234567}]')
+    assert load(path=str(tmp_path / "x.json")) == [0.12345678901234567]
 
 
 def test_a_full_disk_is_not_the_files_fault(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

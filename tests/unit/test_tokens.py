@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import transformers
 from tiny_tokenizers import EOS, PAD, counted, ids, recipe_of, recipe_over, rows_of
 
-from trainkit.data import chunks
+from trainkit.data import chunks, encoding
 from trainkit.data.tokens import TokenArrays, load_tokenizer, prepare
 from trainkit.errors import DataError
 from trainkit.recipe.schema import Recipe
@@ -117,6 +118,14 @@ def test_a_tokenizer_that_cuts_at_the_left_keeps_the_completion(make: Make) -> N
     assert rows_of(prepared.train, "input_ids") == [[*x * 2, *yes, EOS], [*y * 5, EOS]]
     assert rows_of(prepared.train, "labels") == [[-100, -100, *yes, EOS], [*y * 5, EOS]]
     assert prepared.report["train"].truncated == {"row": 2}
+
+
+def test_a_cut_at_the_left_leaves_what_the_tokenizer_puts_in_front(make: Make) -> None:
+    tokenizer = SimpleNamespace(truncation_side="left", bos_token_id=1)
+    rows = [([1, 5, 6, 7, 8, 2], [False, False, True, True, True, True]), ([5, 6, 7, 8, 9, 2], [True] * 6)]
+    encoded = encoding._causal(tokenizer, rows, 4, 2, 0).columns
+    assert encoded["input_ids"] == [[1, 7, 8, 2], [7, 8, 9, 2]] and encoded["labels"] == [[-100, 7, 8, 2], [7, 8, 9, 2]]
+    assert encoding._causal(tokenizer, rows[:1], 1, 2, 0).columns["input_ids"] == [[1]]
 
 
 def test_no_label_in_any_row_is_an_error(make: Make) -> None:

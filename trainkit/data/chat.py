@@ -7,6 +7,7 @@ to the turn and is learned with it.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,7 +41,8 @@ def tokenize(tokenizer: Any, conversations: list[Conversation], first: int) -> l
     Raises DataError, naming the row, where the template refuses a conversation or the assistant's tokens cannot be told apart.
     """
     marked = _marked_by_template if _MARKS_ASSISTANT.search(str(tokenizer.chat_template)) else _marked_by_rendering
-    return [_stopping(tokenizer, ids, learned) for ids, learned in marked(tokenizer, conversations, first)]
+    marks = _special_ids(tokenizer)
+    return [_stopping(tokenizer, marks, ids, learned) for ids, learned in marked(tokenizer, conversations, first)]
 
 
 def _turns(turns: Any, field: templates.Field, number: int) -> Conversation:
@@ -111,9 +113,15 @@ def _applied(tokenizer: Any, conversation: Conversation, number: int, **how: Any
         raise DataError(f"row {number}: data.messages: the chat template refuses this conversation: {said}", row=number) from None
 
 
-def _stopping(tokenizer: Any, ids: list[int], learned: list[bool]) -> Marked:
-    marks = {*tokenizer.all_special_ids, *(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)}
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Also those that are special in the vocabulary only, as <|im_end|> is in some."""
+    return {*tokenizer.all_special_ids, *(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)}
+
+
+def _stopping(tokenizer: Any, marks: set[int], ids: list[int], learned: list[bool]) -> Marked:
+    """A mark in front of the turn's words opens it; one behind them ends it."""
     if not ids or not learned[-1] or tokenizer.eos_token_id is None or ids[-1] in marks:
         return ids, learned
     start = len(learned) - learned[::-1].index(False) if False in learned else 0
-    return (ids, learned) if marks & set(ids[start:]) else ([*ids, tokenizer.eos_token_id], [*learned, True])
+    words = itertools.dropwhile(marks.__contains__, ids[start:])
+    return (ids, learned) if marks & set(words) else ([*ids, tokenizer.eos_token_id], [*learned, True])

@@ -242,8 +242,9 @@ def _causal(tokenizer: Any, rows: list[chat.Marked], limit: int, eos: int | None
         labels = [token if counts else IGNORED_LABEL for token, counts in zip(ids, learned, strict=True)]
         if len(ids) > limit:
             at_the_left = tokenizer.truncation_side == "left"
-            kept = slice(-limit, None) if at_the_left else slice(limit)
-            ids, labels = ids[kept], labels[kept]
+            front = int(at_the_left and ids[0] == tokenizer.bos_token_id)  # what the tokenizer puts in front stays
+            kept = [*range(front), *range(len(ids) - limit + front, len(ids))] if at_the_left else range(limit)
+            ids, labels = [ids[place] for place in kept], [labels[place] for place in kept]
             out.truncated["row"] += 1
             if eos is not None and not at_the_left and labels[-1] != IGNORED_LABEL:
                 ids[-1] = labels[-1] = eos

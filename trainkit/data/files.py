@@ -156,7 +156,7 @@ def _read(kind: str, files: Sequence[Path], folder: Path, wanted: Sequence[str],
     if not (folder / _OTHER_WAY).exists():
         try:
             rows = _at_once(kind, files, folder)
-            if kind != "json" or not _changes_values(rows.features, files):
+            if kind != "json" or not fresh or not _changes_values(rows.features, files):
                 return rows
         except Exception as error:
             if not fresh or _says_empty(error) or _full_disk(error) or (kind != "json" and len(files) == 1):

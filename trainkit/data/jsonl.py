@@ -2,7 +2,8 @@
 
 datasets infers types from the first 10 MB: where a later row has another one, it refuses the file. Here whole numbers and fractions
 become fractions, what is absent or null takes the other rows' type, and anything else that differs is kept value by value. Whole numbers
-of more than 64 bits, for which Arrow has no type, become their digits as text.
+of more than 64 bits, for which Arrow has no type, become their digits as text, and so do the fractions of a column of several types, which
+datasets would read back with other digits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def opened(file: Path) -> IO[str]:
 def loses_digits(file: Path) -> bool:
     """Whether datasets may keep fewer digits of a number than stand in this file: those of a list it rounds, those beyond 64 bits, too."""
     with opened(file) as stream:
-        return any(line.startswith("[") or any(map(_is_beyond, _MANY_DIGITS.findall(line))) for line in stream)
+        return any(line.lstrip().startswith("[") or any(map(_is_beyond, _MANY_DIGITS.findall(line))) for line in stream)
 
 
 def _is_beyond(digits: str) -> bool:
@@ -70,7 +71,7 @@ def _as(feature: Any, value: Any) -> Any:
     import datasets
 
     if isinstance(feature, datasets.Json) and value is not None:
-        return json.dumps(_without_long_integers(value))
+        return json.dumps(_with_digits_as_text(value))
     if isinstance(feature, datasets.List) and value is not None:
         return [_as(feature.feature, item) for item in value]
     if isinstance(feature, dict) and value is not None:
@@ -78,12 +79,12 @@ def _as(feature: Any, value: Any) -> Any:
     return value
 
 
-def _without_long_integers(value: Any) -> Any:
+def _with_digits_as_text(value: Any) -> Any:
     if isinstance(value, list):
-        return [_without_long_integers(item) for item in value]
+        return [_with_digits_as_text(item) for item in value]
     if isinstance(value, dict):
-        return {key: _without_long_integers(item) for key, item in value.items()}
-    return str(value) if _is_long(value) else value
+        return {key: _with_digits_as_text(item) for key, item in value.items()}
+    return json.dumps(value) if isinstance(value, float) or _is_long(value) else value
 
 
 def _is_long(value: Any) -> bool:

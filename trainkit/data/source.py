@@ -25,6 +25,7 @@ from trainkit.recipe.schema import Recipe
 
 _HELD_OUT = 0x0E7A1  # keeps the held-out rows apart from the sample order, which has the same seed
 _SPLIT = re.compile(r"\s*([^\[\]+]+?)\s*(\[.*)?\s*")
+_DIGITS = "0123456789"
 _OTHER_SPLITS = {"validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing"}
 
 
@@ -181,14 +182,19 @@ def _files_of_split(folder: Path, split: str, key: str) -> list[Path]:
     if not named:
         named = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.name) or split in inside[file].parts[:-1]]
     words = {
-        file: {word for part in (*name.parts[:-1], stem_of(file)) for word in re.split(r"[-_. ]", part.lower())}
+        file: {word.rstrip(_DIGITS) for part in (*name.parts[:-1], stem_of(file)) for word in re.split(r"[-_. ()]", part.lower())}
         for file, name in inside.items()
     }
+    asked = set(re.split(r"[-_. ()]", split.lower()))
+    others = {file for file in files if (_OTHER_SPLITS - asked) & words[file]}
+    if named and not {file for file in named if split in (inside[file].as_posix(), stem_of(file))}:
+        named = [file for file in named if file not in others] or named
     if not named:
-        named = [file for file in files if split.lower() in words[file]]
+        border = re.compile(rf"(^|[-_. (]){re.escape(split)}($|[-_. )0-9])", re.IGNORECASE)
+        named = [file for file in files if any(border.search(part) for part in (*inside[file].parts[:-1], stem_of(file)))]
     if named:
         return _once(named, key)
-    if split == "train" and not any(_OTHER_SPLITS & words[file] for file in files):
+    if split == "train" and not others:
         return _once(files, key)
     names = sorted({re.split(r"[-_.]", file.name)[0] for file in files} | {part for file in files for part in inside[file].parts[:-1]})
     raise DataError(

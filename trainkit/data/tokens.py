@@ -27,7 +27,7 @@ from trainkit.recipe.schema import Recipe
 
 __all__ = ["LoadedTokenizer", "Prepared", "SplitReport", "TokenArrays", "load_tokenizer", "prepare"]
 
-FORMAT = 3  # part of the cache's key: raise it when the same rows would be encoded otherwise
+FORMAT = 4  # part of the cache's key: raise it when the same rows would be encoded otherwise
 Progress = Callable[[int, int], None]
 Waiting = Callable[[float], None]
 _INTEGER = re.compile(r"0|-?[1-9]\d*")

@@ -5,6 +5,7 @@ A key whose value has the wrong type is left out of the combinations, so that ev
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from trainkit.errors import Fault
 from trainkit.recipe.combinations import MISSING, combination_faults
-from trainkit.recipe.document import Document, KeyPath, did_you_mean, nearest, shown
+from trainkit.recipe.document import Document, KeyPath, did_you_mean, in_shell, nearest, shown
 from trainkit.recipe.fields import accepts, all_keys, expected, field_of, fields_of, item_fields_of
 from trainkit.recipe.habits import answered_keys, habit_answer
 from trainkit.recipe.schema import Recipe
@@ -108,9 +109,9 @@ def _fault_of(document: Document, path: KeyPath, absent: bool) -> Iterator[Fault
             path, f"expected a mapping of {', '.join(item_fields_of(field.annotation))}, given {shown(document.get(path))}"
         )
     elif braced := _braced(document.get(path), field):
-        way_out = f"in YAML a brace begins a mapping: quote it, {shown(braced)}"
+        way_out = f"in YAML a brace begins a mapping: quote it, {json.dumps(braced, ensure_ascii=False)}"
         if document.place(path).file.startswith("--set "):
-            way_out = f"{way_out}, and for the shell as well: --set '{'.'.join(path)}={shown(braced)}'"
+            way_out = f"{way_out}, and for the shell as well: --set {in_shell(path, braced)}"
         yield document.fault(path, way_out)
     else:
         yield document.fault(path, f"expected {expected(field.annotation, field.metadata)}, given {_given(document.get(path), field)}")

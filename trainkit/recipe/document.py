@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,6 +90,11 @@ def _key_paths(value: Any, path: KeyPath) -> Iterator[KeyPath]:
     inner = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
     for key, item in inner.items():
         yield from _key_paths(item, (*path, str(key)))
+
+
+def in_shell(path: KeyPath, value: Any) -> str:
+    """`key=value` behind --set, for YAML and for the shell."""
+    return shlex.quote(f"{'.'.join(path)}={json.dumps(value, ensure_ascii=False)}")
 
 
 def dotted(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -9,7 +9,6 @@ habits.py, paths in paths.py.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 
 from trainkit.errors import Fault, RecipeError
 from trainkit.recipe.checks import check_recipe
-from trainkit.recipe.document import Document, Place, note_key
+from trainkit.recipe.document import Document, Place, in_shell, note_key
 from trainkit.recipe.paths import resolve_paths
 from trainkit.recipe.python import check_kinds, document_of, put_changes
 from trainkit.recipe.schema import Recipe
@@ -231,7 +230,7 @@ def _override(document: Document, override: str) -> None:
     if not equals or not all(path):
         document.faults.append(Fault(file, None, "", "write --set section.key=value"))
         return
-    written, quoted = Document(file), f"quote it, --set '{'.'.join(path)}={json.dumps(text.strip(), ensure_ascii=False)}'"
+    written, quoted = Document(file), f"quote it, --set {in_shell(path, text.strip())}"
     try:
         node = yaml.compose(text, Loader=_Loader)
         value = None if node is None else _value_of(node, (), written)

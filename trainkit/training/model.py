@@ -61,7 +61,7 @@ def load_config(recipe: Recipe, label_names: Sequence[str] | None = None) -> Any
     if type(config) not in TASKS[recipe.model.task].auto_class._model_mapping:
         raise DataError(f"model.task: {recipe.model.task}: {recipe.model.path} is a {config.model_type} model, which has no such head")
     if recipe.model.task == "classification" and _reads_last_token(config):
-        config.pad_token_id = _padding_id(recipe, config)
+        config.pad_token_id = config.get_text_config().pad_token_id = _padding_id(recipe, config)  # the head reads the text's
     return config
 
 
@@ -71,12 +71,22 @@ def _reads_last_token(config: Any) -> bool:
 
 
 def _padding_id(recipe: Recipe, config: Any) -> int:
-    """What the tokenizer pads rows with, so that the class does not depend on the padding; a plan may do without a tokenizer."""
+    """What the tokenizer pads rows with, so that the class does not depend on the padding; a plan may do without a tokenizer.
+
+    Raises DataError for a token that the model does not have.
+    """
+    text = config.get_text_config()
     try:
-        return int(load_tokenizer(recipe).tokenizer.pad_token_id)
+        padding = int(load_tokenizer(recipe).tokenizer.pad_token_id)
     except DataError:
-        known = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+        known = (getattr(text, name, None) for name in ("pad_token_id", "eos_token_id"))
         return next((token for token in known if isinstance(token, int)), 0)
+    if padding >= text.vocab_size:
+        raise DataError(
+            f"model.path: {recipe.model.path}: the tokenizer pads with token {padding}, and the model knows {text.vocab_size} tokens, "
+            "counted from 0. Name one of these as pad_token in its tokenizer_config.json, for example the one of eos_token"
+        )
+    return padding
 
 
 def model_facts(recipe: Recipe, label_names: Sequence[str] | None = None) -> ModelFacts:
