@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -232,8 +232,9 @@ def test_a_process_that_was_killed_ends_the_preparation(make: Make, tmp_path: Pa
 
     def kill(done: int, total: int) -> None:
         for process in psutil.Process().children():
-            if any("spawn_main" in word for word in process.cmdline()):
-                process.kill()
+            with suppress(psutil.Error):  # it has ended meanwhile
+                if any("spawn_main" in word for word in process.cmdline()):
+                    process.kill()
 
     recipe = make("seq2seq", SLOW_ROWS, **FORM | {"eval": None})
     with pytest.raises(CapacityError, match="a process that tokenizes was ended from outside"):
