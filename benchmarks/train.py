@@ -42,7 +42,7 @@ from in_process import Rank
 
 from trainkit.data.arrays import IGNORED_LABEL
 from trainkit.data.tokens import TokenArrays, load_tokenizer
-from trainkit.planning.flops import Work
+from trainkit.planning.flops import Work, works
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.zero import read_zero
 from trainkit.training import loop
@@ -165,7 +165,7 @@ def work_of(rank: Rank) -> tuple[Work, int]:
     rows = np.arange(arrays.rows)
     source = arrays.by_column["input_ids"].lengths(rows)
     target = arrays.by_column["labels"].lengths(rows) if rank.recipe.model.task == "seq2seq" else np.zeros_like(source)
-    return Work(*(int(n) for n in (source.sum(), target.sum(), source @ source, target @ target, source @ target))), arrays.rows
+    return Work(*works(source, target, np.array([arrays.rows]))[0].tolist()), arrays.rows
 
 
 def ours(rank: Rank, clock: Clock) -> None:

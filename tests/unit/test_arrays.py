@@ -32,11 +32,13 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFa
     assert [column.row(i).tolist() for i in range(arrays.rows)] == rows
     assert column.lengths(np.arange(len(rows))).tolist() == arrays.label_tokens.tolist() == [len(row) for row in rows]
     some = np.arange(len(rows))[::-2]
-    values, lengths = column.gather(some)
-    assert values.tolist() == [token for row in some for token in rows[row]] and lengths.tolist() == [len(rows[row]) for row in some]
-    column.read(some)
+    selected = column.select(some)
+    assert selected.gather().tolist() == [token for row in some for token in rows[row]]
+    assert selected.lengths.tolist() == [len(rows[row]) for row in some]
+    assert len(selected[1:3]) == len(some[1:3]) and selected[1:3].gather().tolist() == [token for row in some[1:3] for token in rows[row]]
+    selected.read()
     for width in (max(map(len, rows)), 20):
-        windows = column.windows(some, width)
+        windows = selected.windows(width)
         assert windows.shape == (len(some), width)
         assert [window[: len(rows[row])].tolist() for row, window in zip(some, windows, strict=True)] == [rows[row] for row in some]
     found = arrays.manifest

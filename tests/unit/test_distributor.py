@@ -21,6 +21,7 @@ from trainkit.data.distributor import DataDistributor, Feeding
 from trainkit.data.handed import Handed, table
 from trainkit.data.padding import Padding, tensors
 from trainkit.data.wire import WireStep
+from trainkit.planning.flops import Work
 
 TOKENS = Budget(tokens=600)
 
@@ -68,9 +69,11 @@ def test_every_row_arrives_once_an_epoch_with_its_tokens(tmp_path: Path) -> None
             for micro in step.micro_batches:
                 seen += micro.sample_ids.tolist()
                 for name, column in micro.columns.items():
-                    values, lengths = column.gather(micro.rows)
-                    assert values.tolist() == [int(token) for row in micro.sample_ids for token in arrays.by_column[name].row(row)]
-                    assert lengths.tolist() == [len(arrays.by_column[name].row(row)) for row in micro.sample_ids]
+                    assert column.gather().tolist() == [int(token) for row in micro.sample_ids for token in arrays.by_column[name].row(row)]
+                    assert column.lengths.tolist() == [len(arrays.by_column[name].row(row)) for row in micro.sample_ids]
+                source, target = (micro.columns[name].lengths.tolist() for name in ("input_ids", "labels"))
+                pairs = zip(source, target, strict=True)
+                assert micro.work == sum((Work(s, t, s * s, t * t, s * t) for s, t in pairs), Work()), "of the real tokens"
     assert sorted(seen) == list(range(75))
 
 
@@ -231,11 +234,7 @@ def test_one_giant_row_arrives_whole_and_alone(tmp_path: Path, world: int) -> No
     feeding = Feeding(str(tmp_path / "a"), "causal", 0, 16, world, Budget(tokens=512), shuffle=True)
     ranks = [rank for step in (1, 2) for rank in steps_of(feeding, step)]
     (giant,) = [micro for rank in ranks for micro in rank.micro_batches if 15 in micro.sample_ids]
-    assert (
-        ids_of(ranks) == list(range(32))
-        and giant.sample_ids.tolist() == [15]
-        and giant.columns["input_ids"].lengths(giant.rows).tolist() == [5000]
-    )
+    assert ids_of(ranks) == list(range(32)) and giant.sample_ids.tolist() == [15] and giant.columns["input_ids"].lengths.tolist() == [5000]
     assert all(micro.shape.cost <= 512 for rank in ranks for micro in rank.micro_batches if micro is not giant)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainkit.data import feed as feeds
-from trainkit.data.arrays import Ragged
+from trainkit.data.arrays import Selection
 from trainkit.data.batches import Shape
 from trainkit.data.feed import Feed, Source
 from trainkit.data.padding import Padding, rectangle
@@ -20,16 +20,15 @@ CPU = torch.device("cpu")
 PADDING = Padding("seq2seq", pad_id=0, eos_id=1)
 
 
-def ragged(rows: list[list[int]]) -> Ragged:
-    return Ragged.of(
+def selection(rows: list[list[int]]) -> Selection:
+    return Selection.of(
         np.array([token for row in rows for token in row], dtype=np.uint8), np.array([len(row) for row in rows], dtype=np.uint8)
     )
 
 
 def wire(source: list[list[int]], target: list[list[int]], shape: Shape, packed: list[int] | None = None) -> WireMicroBatch:
-    columns = {"input_ids": ragged(source), "labels": ragged(target)}
-    rows = np.arange(len(source))
-    return WireMicroBatch(0, shape, rows, columns, rows, None if packed is None else np.array(packed))
+    columns = {"input_ids": selection(source), "labels": selection(target)}
+    return WireMicroBatch(0, shape, np.arange(len(source)), columns, Work(9), None if packed is None else np.array(packed))
 
 
 def call_of(first: int, count: int, width: int = 2) -> WireCall:
@@ -40,7 +39,7 @@ def call_of(first: int, count: int, width: int = 2) -> WireCall:
     return WireCall(
         first=first,
         steps=np.array([(0, 1, width, 1, 1)] * count),
-        micro_batches=np.array([(0, 1, 1, 8, 8)] * count),
+        micro_batches=np.array([(0, 1, 1, 8, 8, *[0] * 5)] * count),
         sample_ids=steps,
         columns={"input_ids": (tokens, lengths), "labels": (tokens, lengths)},
         packed=None,
@@ -72,7 +71,7 @@ def test_padding_is_masked_by_position_never_by_id() -> None:
     assert batch.input_ids.tolist() == [[5, 0, 1, 0], [6, 0, 0, 0]]
     assert batch.attention_mask is not None and batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
     assert batch.labels.tolist() == [[9, 1, -100], [0, 0, 1]]
-    assert batch.work == Work(4, 5, 9 + 1, 4 + 9, 3 * 2 + 1 * 3) and batch.padded_tokens == 2 * (4 + 3)
+    assert batch.work == Work(9) and batch.padded_tokens == 2 * (4 + 3)
 
 
 @pytest.mark.parametrize("task", ["seq2seq", "causal", "classification"])
@@ -84,12 +83,12 @@ def test_rows_of_padding_are_one_eos_and_count_nothing(task: str, rows: list[lis
     assert batch.attention_mask is not None and batch.input_ids.shape == batch.attention_mask.shape == (3, 8)
     assert (batch.input_ids[real:, 0] == 1).all() and (batch.attention_mask[real:].sum(dim=1) == 1).all()
     assert set(batch.labels[real:].flatten().tolist()) == {-100} and len(batch.labels) == 3
-    assert len(batch.sample_ids) == real and batch.work.tokens == (0 if not rows else 4 if task == "seq2seq" else 2)
+    assert len(batch.sample_ids) == real
 
 
 def test_classification_labels_are_one_number_a_row() -> None:
     batch = Padding("classification", pad_id=0, eos_id=1).micro_batch(wire([[5], [6, 7]], [[2], [0]], Shape(2, 8, 0)))
-    assert batch.labels.tolist() == [2, 0] and batch.work.tokens == 3
+    assert batch.labels.tolist() == [2, 0]
 
 
 def test_packed_rows_start_anew_and_learn_nothing_of_each_other() -> None:
@@ -99,14 +98,14 @@ def test_packed_rows_start_anew_and_learn_nothing_of_each_other() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1], [4, 1, 1, 1, 1, 1]] and batch.attention_mask is None
     assert batch.position_ids is not None and batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]]
     assert batch.labels.tolist() == [[-100, 6, 7, -100, 9, -100], [-100] * 6]
-    assert (batch.work.tokens, batch.padded_tokens) == (6, 12)
+    assert (batch.work, batch.padded_tokens) == (Work(9), 12)
 
 
 def test_a_packed_micro_batch_may_have_empty_sequences() -> None:
     batch = Padding("causal", pad_id=0, eos_id=1).micro_batch(wire([[5, 6]], [[5, 6]], Shape(3, 2, 0), [0, 1, 0]))
     assert batch.input_ids.tolist() == [[1, 1], [5, 6], [1, 1]] and batch.labels.tolist() == [[-100, -100], [-100, 6], [-100, -100]]
     nothing = Padding("causal", pad_id=0, eos_id=1).micro_batch(wire([], [], Shape(1, 8, 0), [0]))
-    assert nothing.labels.unique().tolist() == [-100] and nothing.work == Work()
+    assert nothing.labels.unique().tolist() == [-100]
 
 
 @pytest.mark.parametrize(("task", "shape", "packed"), [("seq2seq", Shape(3, 8, 4), False), ("classification", Shape(3, 8, 0), False),

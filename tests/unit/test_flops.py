@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_tokenizers import recipe_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainkit.planning.facts import DataFacts, Hardware, Matrices, ModelFacts
-from trainkit.planning.flops import TrainingFlops, Work, mfu, peak_flops, training_flops
+from trainkit.planning.flops import TrainingFlops, Work, mfu, peak_flops, training_flops, works
 from trainkit.planning.planner import make_plan
 from trainkit.recipe.zero import read_zero
 from trainkit.training.model import _decoder_layers, _matrices, model_facts
@@ -63,6 +66,16 @@ def planned(model: torch.nn.Module) -> TrainingFlops:
     flops = training_flops(facts_of(model, _matrices(model, model.config, task_of(model))))
     assert flops is not None
     return flops
+
+
+LENGTHS = st.tuples(st.integers(0, 5000), st.integers(0, 5000))
+
+
+@given(groups=st.lists(st.lists(LENGTHS, max_size=5), max_size=5))
+def test_the_work_of_groups_is_the_sum_of_their_rows(groups: list[list[tuple[int, int]]]) -> None:
+    lengths = np.array([row for group in groups for row in group], dtype=np.int64).reshape(-1, 2)
+    found = works(lengths[:, 0], lengths[:, 1], np.array([len(group) for group in groups], dtype=np.int64))
+    assert [Work(*row) for row in found.tolist()] == [sum((Work(s, t, s * s, t * t, s * t) for s, t in group), Work()) for group in groups]
 
 
 @pytest.mark.parametrize("kind", SMALL)

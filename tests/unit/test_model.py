@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from trainkit.data.arrays import Ragged
+from trainkit.data.arrays import Selection
 from trainkit.data.batches import Shape
 from trainkit.data.padding import MicroBatch, Padding
 from trainkit.data.wire import WireMicroBatch
@@ -275,9 +275,9 @@ def test_the_plan_knows_which_models_wait_for_the_gpu(config: Any, waits: bool, 
 
 def packed(first: list[int], second: list[int]) -> MicroBatch:
     row = np.array([*first, *second])
-    columns = dict.fromkeys(("input_ids", "labels"), Ragged.of(row, np.array([len(first), len(second)])))
+    columns = dict.fromkeys(("input_ids", "labels"), Selection.of(row, np.array([len(first), len(second)])))
     return Padding("causal", pad_id=0, eos_id=1).micro_batch(
-        WireMicroBatch(0, Shape(1, len(row) + 2, 0), np.arange(2), columns, np.arange(2), np.array([2]))
+        WireMicroBatch(0, Shape(1, len(row) + 2, 0), np.arange(2), columns, Work(), np.array([2]))
     )
 
 
@@ -318,11 +318,11 @@ def test_a_class_does_not_depend_on_the_padding(ids: dict[str, Any], tmp_path: P
     assert config.pad_token_id == tiny_tokenizers.PAD
     torch.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
-    rows = Ragged.of(np.array([7, 8, 1, 9, 10, 11, 12]), np.array([3, 4]))
-    columns = {"input_ids": rows, "labels": Ragged.of(np.array([0, 1]), np.ones(2, np.int64))}
+    rows = Selection.of(np.array([7, 8, 1, 9, 10, 11, 12]), np.array([3, 4]))
+    columns = {"input_ids": rows, "labels": Selection.of(np.array([0, 1]), np.ones(2, np.int64))}
     logits = []
     for width in (8, 16, 24):
-        wire = WireMicroBatch(0, Shape(2, width, 0), np.arange(2), columns, np.arange(2))
+        wire = WireMicroBatch(0, Shape(2, width, 0), np.arange(2), columns, Work())
         with torch.no_grad():
             logits.append(TASKS["classification"].logits(model, Padding("classification", tiny_tokenizers.PAD, eos_id=1).micro_batch(wire)))
     torch.testing.assert_close(logits[0], logits[1])

@@ -18,6 +18,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -37,11 +38,6 @@ class Ragged:
     def __init__(self, values: np.ndarray, offsets: np.ndarray):
         self.values, self.offsets = np.asarray(values), np.asarray(offsets)
 
-    @classmethod
-    def of(cls, values: np.ndarray, lengths: np.ndarray) -> Ragged:
-        """Of all rows end to end, and the length of each."""
-        return cls(values, np.append(0, np.cumsum(lengths, dtype=np.int64)))
-
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """int64, of the given rows."""
         return self.offsets[rows + 1] - self.offsets[rows]
@@ -49,38 +45,62 @@ class Ragged:
     def row(self, index: int) -> np.ndarray:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
-    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(values of the rows end to end, length of each row)."""
-        lengths = self.lengths(rows)
-        if len(rows) and lengths.sum() >= _LONG * len(rows):
-            begins = self.offsets[rows]
-            ends = begins + lengths
-            return np.concatenate([self.values[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]), lengths
-        ends = np.cumsum(lengths)
-        where = np.repeat(self.offsets[rows] - ends + lengths, lengths) + np.arange(lengths.sum())
-        return self.values[where], lengths
+    def select(self, rows: np.ndarray) -> Selection:
+        begins = self.offsets[rows]
+        return Selection(self.values, begins, self.offsets[rows + 1] - begins)
 
-    def windows(self, rows: np.ndarray, width: int) -> np.ndarray:
+
+@dataclass(frozen=True)
+class Selection:
+    """Some rows of a column, found once; a slice of them is found for free."""
+
+    values: np.ndarray  # of the whole column
+    begins: np.ndarray  # int64, where each row begins in them
+    lengths: np.ndarray  # int64
+
+    @classmethod
+    def of(cls, values: np.ndarray, lengths: np.ndarray) -> Selection:
+        """Of rows that lie end to end, all of them."""
+        lengths = lengths.astype(np.int64)
+        return cls(values, np.cumsum(lengths) - lengths, lengths)
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    def __getitem__(self, part: slice) -> Selection:
+        return Selection(self.values, self.begins[part], self.lengths[part])
+
+    def gather(self) -> np.ndarray:
+        """The values of the rows end to end."""
+        begins, lengths, total = self.begins, self.lengths, self.lengths.sum()
+        if len(self) and total >= _LONG * len(self):
+            ends = begins + lengths
+            return np.concatenate([self.values[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)])
+        values: np.ndarray = self.values[np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(total)]
+        return values
+
+    def windows(self, width: int) -> np.ndarray:
         """[rows, width]: the values of each row, which is not longer; what is beyond its end is not its own."""
-        begins, last = self.offsets[rows], len(self.values) - width
-        if last >= 0:
-            size = self.values.itemsize
-            every = np.ndarray(
-                (last + 1, width), self.values.dtype, self.values, strides=(size, size)
-            )  # from each value on, without a copy
-            out = every[np.minimum(begins, last)]
-        else:
-            out = np.zeros((len(rows), width), self.values.dtype)
+        begins, last = self.begins, len(self.values) - width
+        if not begins.max(initial=-1) > last:
+            return _every_window(self.values, width)[begins]
+        out = np.zeros((len(self), width), self.values.dtype) if last < 0 else _every_window(self.values, width)[np.minimum(begins, last)]
         for row in np.flatnonzero(begins > last):  # too near to the end
             rest = self.values[begins[row] :]
             out[row, : len(rest)] = rest[:width]
         return out
 
-    def read(self, rows: np.ndarray) -> None:
+    def read(self) -> None:
         """Have the first and the last value of each row in memory, and so, as systems read ahead, what lies between."""
         if len(self.values):
-            for place in (self.offsets[rows], self.offsets[rows + 1] - 1):
+            for place in (self.begins, self.begins + self.lengths - 1):
                 self.values[np.clip(place, 0, len(self.values) - 1)].max(initial=0)
+
+
+def _every_window(values: np.ndarray, width: int) -> np.ndarray:
+    """[len(values) - width + 1, width]: from each value on, without a copy."""
+    size = values.itemsize
+    return np.ndarray((len(values) - width + 1, width), values.dtype, values, strides=(size, size))
 
 
 class TokenArrays:

@@ -26,6 +26,7 @@ from trainkit.data.handed import Handed, furthest, lag, slowest
 from trainkit.data.order import epoch_of_step, samples_of_step
 from trainkit.data.packing import pack
 from trainkit.data.wire import WireCall, narrow
+from trainkit.planning.flops import works
 from trainkit.units import format_seconds
 
 _ROWS_OF_CATALOGUE = 65_536  # whose lengths choose the shapes: an order drawn from the whole set
@@ -192,17 +193,17 @@ class DataDistributor:
             num_bytes += sum(int(column.lengths(of_step).sum()) * column.values.itemsize for column in columns.values())
             if most_bytes is not None and num_bytes >= most_bytes:
                 break
-        rows = np.concatenate(sample_ids)
-        gathered = {name: column.gather(rows) for name, column in columns.items()} if with_rows else None
-        if gathered is None:  # who reads them next shall not wait for a disk: it holds the lock of a Python that trains
-            for column in columns.values():
-                column.read(rows)
+        rows, shapes = np.concatenate(sample_ids), np.array(micro_batches, dtype=np.int64)
+        selected = {name: column.select(rows) for name, column in columns.items()}
+        if not with_rows:  # who reads them next shall not wait for a disk: it holds the lock of a Python that trains
+            for column in selected.values():
+                column.read()
         return WireCall(
             first=first,
             steps=np.array(steps, dtype=np.int64),
-            micro_batches=np.array(micro_batches, dtype=np.int64),
+            micro_batches=np.concatenate([shapes, works(selected["input_ids"].lengths, self._targets(split, rows), shapes[:, 1])], axis=1),
             sample_ids=narrow(rows),
-            columns=gathered and {name: (values, narrow(lengths)) for name, (values, lengths) in gathered.items()},
+            columns={name: (column.gather(), narrow(column.lengths)) for name, column in selected.items()} if with_rows else None,
             packed=np.concatenate(packed) if packed else None,
             num_bytes=num_bytes,
         )

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from trainkit.data.arrays import IGNORED_LABEL, Ragged
+from trainkit.data.arrays import IGNORED_LABEL, Selection
 from trainkit.data.batches import Shape, round_up
 from trainkit.data.wire import WireMicroBatch, WireStep
 from trainkit.planning.flops import Work
@@ -79,22 +79,22 @@ class Padding:
             return self._packed(wire, wire.packed, pin)
         rows, source, target = wire.shape
         targets = self.task == "seq2seq"
-        lengths, label_lengths = (wire.columns[name].lengths(wire.rows) for name in ("input_ids", "labels"))
+        lengths, label_lengths = (wire.columns[name].lengths for name in ("input_ids", "labels"))
         empty = _outside(lengths, (rows, source))
         unlearned = empty if self.task == "causal" else _outside(label_lengths, (rows, target if targets else 1))
-        input_ids, mask = _padded(wire, "input_ids", empty, self.pad_id, pin), _new(empty.shape, pin)
+        input_ids, mask = _filled(wire.columns["input_ids"], empty, self.pad_id, pin), _new(empty.shape, pin)
         np.logical_not(empty, out=mask.numpy())
         if rows > len(lengths):
             input_ids[len(lengths) :, 0], mask[len(lengths) :, 0] = self.eos_id, 1
-        label_rows = _padded(wire, "labels", unlearned, IGNORED_LABEL, pin)
+        label_rows = _filled(wire.columns["labels"], unlearned, IGNORED_LABEL, pin)
         return MicroBatch(
             index=wire.index,
             sample_ids=wire.sample_ids,
             input_ids=input_ids,
             attention_mask=mask,
             labels=label_rows if self.task != "classification" else label_rows[:, 0].contiguous(),
-            token_type_ids=_padded(wire, "token_type_ids", empty, 0, pin) if "token_type_ids" in wire.columns else None,
-            work=_work(lengths, label_lengths if targets else None),
+            token_type_ids=_filled(wire.columns["token_type_ids"], empty, 0, pin) if "token_type_ids" in wire.columns else None,
+            work=wire.work,
             padded_tokens=input_ids.numel() + (label_rows.numel() if targets else 0),
         )
 
@@ -102,16 +102,18 @@ class Padding:
         """Nothing but padding, on the CPU. columns: of the data. packed: whether its rows are sequences of several of the data's."""
         nothing = np.zeros(0, np.int64)
         sequences = np.zeros(shape.rows, np.int64) if packed else None
-        return self.micro_batch(WireMicroBatch(0, shape, nothing, dict.fromkeys(columns, Ragged.of(nothing, nothing)), nothing, sequences))
+        return self.micro_batch(
+            WireMicroBatch(0, shape, nothing, dict.fromkeys(columns, Selection.of(nothing, nothing)), Work(), sequences)
+        )
 
     def _packed(self, wire: WireMicroBatch, packed: np.ndarray, pin: bool) -> MicroBatch:
         """Several rows in one sequence. Positions start anew with each row, and at the padding, so that attention keeps to its row.
 
         A row's first label is never learned: the token before it belongs to another row.
         """
-        values, lengths = wire.columns["input_ids"].gather(wire.rows)
+        values, lengths = wire.columns["input_ids"].gather(), wire.columns["input_ids"].lengths
         ends = np.cumsum(lengths, dtype=np.int64)
-        labels = wire.columns["labels"].gather(wire.rows)[0].astype(np.int64)
+        labels = wire.columns["labels"].gather().astype(np.int64)
         labels[ends - lengths] = IGNORED_LABEL
         positions = np.arange(len(values)) - np.repeat(ends - lengths, lengths)
         whole = np.diff(np.append(0, ends)[np.append(0, np.cumsum(packed, dtype=np.int64))])
@@ -126,16 +128,10 @@ class Padding:
             attention_mask=None,
             labels=_rectangle(labels, whole, empty, IGNORED_LABEL, pin),
             token_type_ids=None,
-            work=_work(lengths),
+            work=wire.work,
             padded_tokens=shape[0] * shape[1],
             position_ids=position_ids,
         )
-
-
-def _work(lengths: np.ndarray, label_lengths: np.ndarray | None = None) -> Work:
-    source = lengths.astype(np.int64)
-    target = np.zeros_like(source) if label_lengths is None else label_lengths.astype(np.int64)
-    return Work(*(int(sums) for sums in (source.sum(), target.sum(), source @ source, target @ target, source @ target)))
 
 
 def rectangle(values: np.ndarray, lengths: np.ndarray, fill: int) -> torch.Tensor:
@@ -144,25 +140,22 @@ def rectangle(values: np.ndarray, lengths: np.ndarray, fill: int) -> torch.Tenso
 
 
 def _rectangle(values: np.ndarray, lengths: np.ndarray, outside: np.ndarray, fill: int, pin: bool = False) -> torch.Tensor:
-    return _filled(Ragged.of(values, lengths), np.arange(len(lengths)), outside, fill, pin)
-
-
-def _padded(wire: WireMicroBatch, name: str, outside: np.ndarray, fill: int, pin: bool) -> torch.Tensor:
-    return _filled(wire.columns[name], wire.rows, outside, fill, pin)
+    return _filled(Selection.of(values, lengths), outside, fill, pin)
 
 
 def _outside(lengths: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Where a rectangle holds no values: bool [rows, width]; rows beyond the lengths hold none."""
-    outside = np.ones(shape, dtype=bool)
-    outside[: len(lengths)] = np.arange(shape[1]) >= np.asarray(lengths)[:, None]
+    of_every_row = np.zeros((shape[0], 1), np.int32)  # compared in half the time of int64
+    of_every_row[: len(lengths), 0] = lengths
+    outside: np.ndarray = np.arange(shape[1], dtype=np.int32) >= of_every_row
     return outside
 
 
-def _filled(column: Ragged, rows: np.ndarray, outside: np.ndarray, fill: int, pin: bool) -> torch.Tensor:
+def _filled(column: Selection, outside: np.ndarray, fill: int, pin: bool) -> torch.Tensor:
     """int64: the values of the rows, `fill` where none belong."""
     out = _new(outside.shape, pin)
     values = out.numpy()
-    values[: len(rows)] = column.windows(rows, outside.shape[1])
+    values[: len(column)] = column.windows(outside.shape[1])
     np.copyto(values, fill, where=outside)
     return out
 

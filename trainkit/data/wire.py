@@ -10,19 +10,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainkit.data.arrays import Ragged
+from trainkit.data.arrays import Ragged, Selection
 from trainkit.data.batches import Shape
+from trainkit.planning.flops import Work
 
 
 @dataclass(frozen=True)
 class WireMicroBatch:
-    """Of one micro-batch: its rows are `columns[name]` at `rows`."""
+    """Of one micro-batch: its rows, by column."""
 
     index: int  # among the k micro-batches of the step, over all ranks
     shape: Shape  # to be padded to
     sample_ids: np.ndarray
-    columns: Mapping[str, Ragged]
-    rows: np.ndarray  # int64
+    columns: Mapping[str, Selection]
+    work: Work
     packed: np.ndarray | None = None  # rows in each packed sequence
 
 
@@ -44,7 +45,7 @@ class WireCall:
 
     first: int
     steps: np.ndarray  # int64 [steps, 5]: epoch, samples, label_tokens, k, micro-batches of this rank
-    micro_batches: np.ndarray  # int64 [micro-batches, 5]: index, samples, and the shape's rows, source, target
+    micro_batches: np.ndarray  # int64 [micro-batches, 10]: index, samples, the shape's rows, source, target, the fields of Work
     sample_ids: np.ndarray
     columns: dict[str, tuple[np.ndarray, np.ndarray]] | None  # values of all rows end to end, and lengths; None: the rank reads them itself
     packed: np.ndarray | None  # rows of every packed sequence; a micro-batch has shape.rows of them
@@ -67,15 +68,16 @@ class WireCall:
         ids = self.sample_ids.astype(np.int64)
         if self.columns is None:
             assert at_hand is not None
-            columns, rows = at_hand, ids
+            columns = {name: column.select(ids) for name, column in at_hand.items()}
         else:
-            columns, rows = {name: Ragged.of(*column) for name, column in self.columns.items()}, np.arange(len(ids))
+            columns = {name: Selection.of(*column) for name, column in self.columns.items()}
         row = sequence = 0
-        for index, samples, *shape in self.micro_batches.tolist():
-            packed = None if self.packed is None else self.packed[sequence : sequence + shape[0]]
+        for index, samples, rows, source, target, *work in self.micro_batches.tolist():
+            packed = None if self.packed is None else self.packed[sequence : sequence + rows]
             own = slice(row, row + samples)
-            yield WireMicroBatch(index, Shape(*shape), ids[own], columns, rows[own], packed)
-            row, sequence = row + samples, sequence + shape[0]
+            of_own = {name: column[own] for name, column in columns.items()}
+            yield WireMicroBatch(index, Shape(rows, source, target), ids[own], of_own, Work(*work), packed)
+            row, sequence = row + samples, sequence + rows
 
 
 def narrow(numbers: np.ndarray) -> np.ndarray:

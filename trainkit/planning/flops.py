@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from trainkit.planning.facts import ModelFacts
 
 _TERA = 1e12
@@ -72,6 +74,18 @@ class Work:
     @property
     def tokens(self) -> int:
         return self.source_tokens + self.target_tokens
+
+
+def works(source: np.ndarray, target: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The fields of Work for groups of rows that follow each other, int64 [groups, 5].
+
+    source, target: lengths in tokens, int64, one per row. counts: rows of each group.
+    """
+    of_rows = np.stack([source, target, source * source, target * target, source * target], axis=1)
+    before = np.concatenate([np.zeros((1, 5), np.int64), np.cumsum(of_rows, axis=0)])
+    ends = np.cumsum(counts)
+    sums: np.ndarray = before[ends] - before[ends - counts]
+    return sums
 
 
 @dataclass(frozen=True)
