@@ -339,6 +339,9 @@ def test_json_errors_name_their_line(load: Load, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"q": "1"}\n\n{"q": oops}\n')
     with pytest.raises(DataError, match=r"cannot read .*x\.jsonl: line 3: not JSON: Expecting value \(column 7\)"):
         load(path=str(tmp_path / "x.jsonl"))
+    (tmp_path / "x.jsonl").write_text('{"q": "1"}\n{"q":\n{"q": "2"}\n')
+    with pytest.raises(DataError, match=r"line 2: not JSON"):
+        load(path=str(tmp_path / "x.jsonl"))
     (tmp_path / "y.jsonl").write_text('{"q": "1"}\n[1, 2]\n')
     with pytest.raises(DataError, match=r"y\.jsonl: line 2: a row is an object in braces, not 1"):
         load(path=str(tmp_path / "y.jsonl"))

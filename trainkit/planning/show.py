@@ -82,9 +82,10 @@ def _optimizer(plan: Plan) -> str:
     optimizer: dict[str, Any] = plan.ds_config["optimizer"]
     params = optimizer["params"]
     betas = ", ".join(f"{beta:g}" for beta in params["betas"])
+    most = plan.ds_config["gradient_clipping"]  # 0: none
     return (
         f"{optimizer['type']}, lr {params['lr']:g}, betas {betas}, eps {params['eps']:g}, weight decay {params['weight_decay']:g}, "
-        f"gradients clipped at {plan.ds_config['gradient_clipping']:g}"
+        f"gradients {f'clipped at {most:g}' if most else 'not clipped'}"
     )
 
 
