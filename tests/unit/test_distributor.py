@@ -71,10 +71,22 @@ def test_every_row_arrives_once_an_epoch_with_its_tokens(tmp_path: Path) -> None
                 for name, column in micro.columns.items():
                     assert column.gather().tolist() == [int(token) for row in micro.sample_ids for token in arrays.by_column[name].row(row)]
                     assert column.lengths.tolist() == [len(arrays.by_column[name].row(row)) for row in micro.sample_ids]
-                source, target = (micro.columns[name].lengths.tolist() for name in ("input_ids", "labels"))
-                pairs = zip(source, target, strict=True)
-                assert micro.work == sum((Work(s, t, s * s, t * t, s * t) for s, t in pairs), Work()), "of the real tokens"
     assert sorted(seen) == list(range(75))
+
+
+@pytest.mark.parametrize(("task", "pack_length"), [("seq2seq", None), ("causal", None), ("causal", 128), ("classification", None)])
+def test_work_is_of_real_tokens_and_targets_count_where_they_are_a_stream_of_their_own(
+    tmp_path: Path, task: str, pack_length: int | None
+) -> None:
+    feeding, num_empty = feeding_of(tmp_path / "a", 66, task=task, pack_length=pack_length, world_size=4), 0
+    for rank in range(4):
+        for step in DataDistributor({"train": feeding}).steps("train", 1, 5, rank).unpack():  # the fifth has two samples for four ranks
+            for micro in step.micro_batches:
+                source, target = (micro.columns[name].lengths.tolist() for name in ("input_ids", "labels"))
+                pairs = zip(source, target if task == "seq2seq" else [0] * len(target), strict=True)
+                assert micro.work == sum((Work(s, t, s * s, t * t, s * t) for s, t in pairs), Work())
+                num_empty += micro.work == Work() and not source
+    assert num_empty >= 2
 
 
 @pytest.mark.parametrize(("rows", "world"), [(1, 4), (3, 8), (5, 2), (20, 16)])

@@ -267,6 +267,7 @@ def test_what_is_left_to_deepspeed_and_what_graphs_do_not_use_is_said() -> None:
     assert any("left to DeepSpeed: overlap_comm" in note and "reduce_bucket_size" not in note for note in plan.notes)
     shown = " ".join(printed(plan_text(plan)).split())
     assert "stage3_max_live_parameters 1 M" in shown.partition("not used on flat tensors: ")[2] and "gradients clipped at 1" in shown
+    assert "gradients not clipped" in " ".join(printed(plan_text(plan_of("zero1", gpu(139), optimizer={"max_grad_norm": 0}))).split())
     without = plan_of(zero, gpu(139), model={"cuda_graphs": False})
     assert "not used on flat tensors" not in printed(plan_text(without))
     shipped = " ".join(printed(plan_text(plan_of("zero2", gpu(139)))).split())

@@ -59,7 +59,7 @@ def _values(stream: IO[str]) -> Iterator[tuple[int, Any]]:
 
 def _parsed(text: str, line: int) -> Any:
     try:
-        return json.loads(text.rstrip())  # what is torn off ends on its own line
+        return json.loads(text.rstrip(" \t\r\n"))  # what is torn off ends on its own line
     except json.JSONDecodeError as error:
         raise ValueError(f"line {line + error.lineno - 1}: not JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:

@@ -23,7 +23,7 @@ class WireMicroBatch:
     shape: Shape  # to be padded to
     sample_ids: np.ndarray
     columns: Mapping[str, Selection]
-    work: Work
+    work: Work  # of the real tokens
     packed: np.ndarray | None = None  # rows in each packed sequence
 
 
